@@ -1,0 +1,481 @@
+"""The typed study file: its fields, their ranges and defaults, and the identity of a trial.
+
+Defaults live here and nowhere else. Reading a file (YAML, overrides, sentences for mistakes) is in
+`studyfile`; what a search space may say is in `space`. The classes are strict and frozen, and forbid keys
+that they do not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from raydisp.layers import LAYER_CHOICES, resolve_layers
+
+SCHEMA_VERSION = 1
+"""Part of every trial's identity; raised whenever a default that changes results changes."""
+
+MAX_SEED = 2**32 - 1
+
+Variant = Literal[
+    "angular_spread",
+    "orthogonalization",
+    "l2_repel",
+    "decorrelation",
+    "perplexity_entropy",
+    "uniformity",
+    "cosine",
+    "koleo",
+    "variance_covariance",
+    "spread_out",
+    "log_det",
+]
+"""Names of `raydisp.losses.VARIANTS`, repeated here so that reading a file does not import torch; a test
+compares the two."""
+
+
+def _integral_float_to_int(value: Any) -> Any:
+    # 2e8 is how people write token counts, and YAML makes a float of it.
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_integral_float_to_int)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+Tokens = Annotated[Int, Field(ge=1, le=10**15)]
+Seed = Annotated[Int, Field(ge=0, le=MAX_SEED)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the study file: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- model -------------------------------------------------------------------------------------------
+
+
+class ScratchModel(Section):
+    """A causal language model of the given sizes with fresh random weights (drawn from the trial's seed)."""
+
+    source: Literal["scratch"]
+    family: Literal["gpt2", "llama", "qwen3"] = "gpt2"
+    num_layers: Annotated[Int, Field(ge=1, le=1000)] = 6
+    hidden_size: Annotated[Int, Field(ge=2)] = 128
+    num_heads: PositiveInt = 4
+    num_kv_heads: Annotated[
+        PositiveInt | None, Field(description="key/value heads of llama and qwen3; null: num_heads")
+    ] = None
+    ffn_size: Annotated[PositiveInt | None, Field(description="MLP width; null: 4 x hidden_size")] = None
+    vocab_size: Annotated[
+        Int, Field(ge=300, le=1_000_000, description="of the byte-level BPE trained on the training split")
+    ] = 4096
+    tie_embeddings: Annotated[bool, Field(description="output head shares the input embedding")] = True
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ScratchModel:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}; "
+                "choose a hidden_size that the heads share evenly"
+            )
+        if self.family != "gpt2" and (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"hidden_size / num_heads = {self.hidden_size // self.num_heads} is odd, and the rotary "
+                f"positions of {self.family} rotate features in pairs; choose an even size per head"
+            )
+        if self.num_kv_heads is not None:
+            if self.family == "gpt2":
+                raise ValueError("num_kv_heads is for llama and qwen3, family is gpt2; leave it out")
+            if self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}"
+                )
+        return self
+
+
+class _Pretrained(Section):
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="set in every dropout of the model")] = 0.0
+
+
+class HubModel(_Pretrained):
+    """A pretrained model and its tokenizer from the Hugging Face hub (or its local cache)."""
+
+    source: Literal["hub"]
+    id: Annotated[str, Field(min_length=1)]
+    revision: Annotated[
+        str | None, Field(description="branch, tag or commit; resolved to a commit once per study")
+    ] = None
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
+
+
+class PathModel(_Pretrained):
+    """A pretrained model and its tokenizer from a local folder written by save_pretrained."""
+
+    source: Literal["path"]
+    path: Annotated[str, Field(min_length=1)]
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
+
+
+class GgufModel(_Pretrained):
+    """A pretrained model and its tokenizer from one GGUF file, weights dequantised to float32."""
+
+    source: Literal["gguf"]
+    path: Annotated[str, Field(min_length=1)]
+
+
+ModelConfig = Annotated[ScratchModel | HubModel | PathModel | GgufModel, Field(discriminator="source")]
+
+
+# --- data --------------------------------------------------------------------------------------------
+
+
+class _Data(Section):
+    context_length: Annotated[Int, Field(ge=8, le=1_000_000, description="tokens in one sequence")] = 128
+    validation_frac: Annotated[float, Field(gt=0.0, lt=0.5, description="of the documents")] = 0.05
+    test_frac: Annotated[float, Field(gt=0.0, lt=0.5, description="of the documents")] = 0.05
+
+
+class PythonDocs(_Data):
+    """The English prose that ships with the running CPython: language topics and docstrings."""
+
+    source: Literal["python_docs"]
+
+
+class Files(_Data):
+    """Text (one document a file), JSON lines and Parquet (one document a row), by path or glob."""
+
+    source: Literal["files"]
+    paths: Annotated[list[str], Field(min_length=1)]
+    text_field: Annotated[
+        str, Field(min_length=1, description="the field of a JSON line or the column of a Parquet file")
+    ] = "text"
+
+
+class HubData(_Data):
+    """A dataset of the Hugging Face hub (or its local cache, or a local folder) through datasets.load_dataset.
+
+    Splits named in the dataset are used as they are; one that it lacks is split off `train_split` by a
+    stable hash of the document.
+    """
+
+    source: Literal["hub"]
+    path: Annotated[str, Field(min_length=1)]
+    name: Annotated[str | None, Field(description="configuration of the dataset")] = None
+    revision: Annotated[
+        str | None, Field(description="branch, tag or commit; resolved to a commit once per study")
+    ] = None
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    train_split: Annotated[str, Field(min_length=1)] = "train"
+    validation_split: str | None = None
+    test_split: str | None = None
+
+
+DataConfig = Annotated[PythonDocs | Files | HubData, Field(discriminator="source")]
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+class TrainConfig(Section):
+    """One optimisation: AdamW, linear warm-up then cosine decay, budgets in tokens."""
+
+    budget_tokens: Annotated[Tokens, Field(description="rounded up to whole steps")]
+    global_batch_tokens: Annotated[Tokens, Field(description="tokens per optimiser step over all workers")]
+    micro_batch_tokens: Annotated[
+        Tokens | Literal["auto"],
+        Field(description="tokens per forward pass of one worker; changes memory and speed, not the result"),
+    ] = "auto"
+    learning_rate: Annotated[float, Field(gt=0.0, description="peak")]
+    min_learning_rate_frac: Annotated[Fraction, Field(description="of the peak, at the end")] = 0.0
+    warmup_frac: Annotated[Fraction, Field(description="of all steps, linear")] = 0.2
+    weight_decay: Annotated[float, Field(ge=0.0, description="on matrices, not on biases and norms")] = 0.1
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    grad_clip: Annotated[
+        Annotated[float, Field(gt=0.0)] | None, Field(description="global gradient norm; null: no clipping")
+    ] = 1.0
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], Field(description="auto: bf16 autocast on a GPU that has it, else fp32")
+    ] = "auto"
+    strategy: Literal["ddp"] = "ddp"
+
+
+class DispersionConfig(Section):
+    """The dispersion term: total loss = cross-entropy + weight x mean over the chosen layers."""
+
+    variant: Variant = "angular_spread"
+    weight: Annotated[float, Field(ge=0.0)] = 0.1
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    layers: Annotated[
+        str | list[Annotated[int, Field(ge=0)]],
+        Field(
+            description="all, last, early_half, late_half, or a list of layer numbers: 0 is the embedding "
+            "output, n the last block after the final norm",
+            json_schema_extra={
+                "anyOf": [
+                    {"enum": list(LAYER_CHOICES)},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            },
+        ),
+    ] = "all"
+    clamp: Annotated[
+        float, Field(gt=0.0, lt=1.0, description="cosines are limited to +-(1 - clamp) before arccos")
+    ] = 0.1
+    margin: Annotated[float, Field(gt=0.0, le=1.0, description="of orthogonalization")] = 0.5
+    max_tokens: Annotated[
+        Annotated[Int, Field(ge=2)] | None,
+        Field(description="tokens per sequence drawn for the loss at every call; null: all"),
+    ] = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _known_layers(cls, value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+            # Which numbers exist is known only with the model; order and repeats are settled here.
+            resolve_layers(value, max([*value, 1]))
+        else:
+            resolve_layers(value, 1)
+        return value
+
+
+# --- search ------------------------------------------------------------------------------------------
+
+
+class Range(Section):
+    """A searched number: low <= x <= high; whole numbers where the field is one."""
+
+    low: int | float
+    high: int | float
+    log: Annotated[bool, Field(description="search on a logarithmic axis")] = False
+    step: Annotated[
+        Annotated[int | float, Field(gt=0)] | None, Field(description="only low, low + step, ... are tried")
+    ] = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} is not below high = {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low = {self.low} has no logarithm; with log: true it must be above 0")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other; leave one out")
+        return self
+
+
+Choice = bool | int | float | str | list[int] | None
+Dimension = Range | Annotated[list[Choice], Field(min_length=1)]
+
+Metric = Literal[
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "train_loss",
+    "layer_cosine_mean",
+    "spearman",
+    "kendall",
+]
+
+
+class Objective(Section):
+    """What the search makes small or large, measured at the end of each trial on the validation split."""
+
+    metric: Metric = "val_loss"
+    mode: Literal["min", "max"] = "min"
+
+
+class SearchConfig(Section):
+    """Which fields vary, how many trials, and who suggests them."""
+
+    num_trials: Annotated[Int, Field(ge=1, le=100_000, description="search trials; the baseline comes on top")]
+    objective: Objective = Objective()
+    space: dict[str, Dimension]
+    sampler: Literal["tpe", "random"] = "tpe"
+    num_startup_trials: Annotated[
+        Annotated[Int, Field(ge=1)] | None,
+        Field(description="random trials before tpe begins; null: half of num_trials, at most 10"),
+    ] = None
+    scheduler: Literal["none"] = "none"
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value:
+            raise ValueError("is empty: there is nothing to search; name at least one field of a trial")
+        return value
+
+    @property
+    def startup_trials(self) -> int:
+        """Random trials before the sampler begins to learn."""
+        if self.num_startup_trials is not None:
+            return self.num_startup_trials
+        return max(1, min(10, self.num_trials // 2))
+
+
+# --- the rest ----------------------------------------------------------------------------------------
+
+
+class EvaluateConfig(Section):
+    """Evaluation on the validation split while training; the whole split is always used at the end."""
+
+    every_tokens: Annotated[
+        Tokens | None, Field(description="rounded up to whole steps; null: only before and after training")
+    ] = None
+    max_tokens: Annotated[
+        Tokens | None, Field(description="of each evaluation but the last; null: the whole split")
+    ] = 8192
+
+
+class CheckpointConfig(Section):
+    """Checkpoints that an interrupted trial goes on from; a finished trial leaves none behind."""
+
+    every_tokens: Annotated[Tokens | None, Field(description="rounded up to whole steps; null: none")] = None
+
+
+class ResourcesConfig(Section):
+    """What one trial gets, and how many run at a time."""
+
+    num_workers: Annotated[Int, Field(ge=1, le=10_000, description="data-parallel processes of a trial")] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
+    gpus_per_worker: Annotated[
+        Annotated[float, Field(ge=0.0)] | Literal["auto"], Field(description="auto: 1 where there are GPUs")
+    ] = "auto"
+    max_concurrent_trials: Annotated[
+        PositiveInt | Literal["auto"], Field(description="auto: as many as fit")
+    ] = "auto"
+
+
+class TrialConfig(Section):
+    """Everything one trial does: what it trains, on what, with which dispersion term, from which seed."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    dispersion: DispersionConfig = DispersionConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrialConfig:
+        train, context = self.train, self.data.context_length
+        if train.global_batch_tokens % context:
+            raise ValueError(
+                f"train.global_batch_tokens = {train.global_batch_tokens} is not a whole number of sequences of "
+                f"data.context_length = {context}; {_nearest_multiples(train.global_batch_tokens, context)}"
+            )
+        if train.micro_batch_tokens != "auto" and train.micro_batch_tokens % context:
+            raise ValueError(
+                f"train.micro_batch_tokens = {train.micro_batch_tokens} is not a whole number of sequences of "
+                f"data.context_length = {context}; {_nearest_multiples(train.micro_batch_tokens, context)}"
+            )
+        if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < context:
+            raise ValueError(
+                f"evaluate.max_tokens = {self.evaluate.max_tokens} is less than one sequence of "
+                f"data.context_length = {context}; raise it, or use null for the whole split"
+            )
+        if self.dispersion.max_tokens is not None and self.dispersion.max_tokens > context:
+            raise ValueError(
+                f"dispersion.max_tokens = {self.dispersion.max_tokens} is more than the "
+                f"data.context_length = {context} tokens of a sequence; lower it, or use null for all"
+            )
+        if isinstance(self.model, ScratchModel):
+            try:
+                resolve_layers(self.dispersion.layers, self.model.num_layers)
+            except ValueError as error:
+                raise ValueError(f"dispersion.layers: {error}") from None
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps: the budget, rounded up to whole steps."""
+        return -(-self.train.budget_tokens // self.train.global_batch_tokens)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.train.global_batch_tokens // self.data.context_length
+
+    def steps_between(self, every_tokens: int | None) -> int | None:
+        """Steps in an interval given in tokens, rounded up; None where there is no interval."""
+        return None if every_tokens is None else -(-every_tokens // self.train.global_batch_tokens)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that differ from their defaults and change the result; what `sha256` covers."""
+        fields = self.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            exclude={"checkpoint": True, "train": {"micro_batch_tokens"}},
+        )
+        # A discriminator has no default, but say it outright: it decides what the other keys mean.
+        fields["schema_version"] = SCHEMA_VERSION
+        return fields
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the trial: hex digest of the canonical JSON of `identity()`."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class StudyConfig(TrialConfig):
+    """A study file: the base trial, the search over it, and where it runs and writes."""
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            max_length=100,
+            description="letters, digits, '.', '_' and '-'; the name of the results folder",
+        ),
+    ]
+    search: SearchConfig
+    resources: ResourcesConfig = ResourcesConfig()
+    output: Annotated[str, Field(min_length=1, description="folder; results go to <output>/<name>")] = "results"
+
+    @model_validator(mode="after")
+    def _workers_share_the_batch(self) -> StudyConfig:
+        sequences, workers = self.sequences_per_step, self.resources.num_workers
+        if sequences % workers:
+            raise ValueError(
+                f"train.global_batch_tokens = {self.train.global_batch_tokens} is {sequences} sequences of "
+                f"{self.data.context_length} tokens, which resources.num_workers = {workers} cannot share "
+                f"evenly; {_nearest_multiples(self.train.global_batch_tokens, self.data.context_length * workers)}"
+            )
+        return self
+
+    @property
+    def trial(self) -> TrialConfig:
+        """The base trial, before any suggestion of the search."""
+        return TrialConfig.model_validate({name: getattr(self, name) for name in TrialConfig.model_fields})
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    near = f"{below} or {below + unit}" if below else f"{unit}"
+    return f"the nearest that is: {near}"
+
+
+def replace_fields(config: TrialConfig, values: dict[str, Any]) -> TrialConfig:
+    """A trial with fields set by dotted name, validated anew.
+
+    Args:
+        config: the base trial.
+        values: dotted field name -> value, for example {"dispersion.weight": 0.3}.
+    Raises:
+        pydantic.ValidationError: a value is not allowed, alone or beside the others.
+    """
+    tree = config.model_dump(mode="json")
+    for dotted, value in values.items():
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return TrialConfig.model_validate(tree)

@@ -1,0 +1,49 @@
+"""The errors a user can cause.
+
+Each message says where the mistake is, what was found, what is allowed and what to do. The command line
+prints the message alone and exits with 2; a trial turns one into its row.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RaydispError(Exception):
+    """A mistake that the user can mend; its text is complete without a traceback."""
+
+
+class ConfigError(RaydispError):
+    """The study file, or an override of it, says something that is not allowed."""
+
+
+class DataError(RaydispError):
+    """The corpus cannot be found, read or cut into blocks."""
+
+
+class ModelError(RaydispError):
+    """The model or its tokenizer cannot be found, read or built."""
+
+
+class ResourceError(RaydispError):
+    """The machine or the cluster cannot offer what a trial needs."""
+
+
+class OutputError(RaydispError):
+    """The results folder cannot be written, or holds something else."""
+
+
+class DivergedError(Exception):
+    """Loss or gradient stopped being finite; carries the step at which it was seen."""
+
+    def __init__(self, step: int, quantity: str, value: float) -> None:
+        super().__init__(f"{quantity} is {value} at step {step}")
+        self.step = step
+        self.quantity = quantity
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """' Did you mean "last"?' for a near miss, '' otherwise."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f' Did you mean "{close[0]}"?' if close else ""
