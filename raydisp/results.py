@@ -4,8 +4,8 @@ A study's folder holds four Parquet datasets, `trials`, `steps`, `evals` and `la
 and everything else can be rebuilt from them. Files are named after what they hold, so that writing one again
 replaces it and never doubles a row:
 
-    trials/trial-00003.parquet               one row: the latest attempt
-    steps/trial-00003/from-00000050.parquet  rows of steps after step 50 (evals and layers likewise)
+    trials/trial-00003-attempt-1.parquet     one row
+    steps/trial-00003/from-00000050.parquet  rows of the steps after step 50 (evals and layers likewise)
 
 A file appears under its name only when it is whole: it is written beside it under a name that readers skip
 (`_tmp-...`), flushed to the disk, and renamed.
@@ -14,15 +14,15 @@ A file appears under its name only when it is whole: it is written beside it und
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -41,7 +41,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "study": pa.string(),
     "phase": pa.string(),  # search
     "trial": pa.int32(),  # 0 is the baseline
-    "attempt": pa.int32(),  # from 1; the row is of the latest
+    "attempt": pa.int32(),  # from 1; the one with the highest number counts
     "arm": pa.string(),  # baseline | search
     "status": pa.string(),  # one of STATUSES
     "seed": pa.int64(),
@@ -124,7 +124,7 @@ LAYER_SCHEMA = pa.schema(
     ]
 )
 
-_TRIAL_SCHEMA_METADATA = {b"raydisp.schema_version": str(SCHEMA_VERSION).encode()}
+ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEMA}
 
 
 def trial_schema(searched: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -139,3 +139,249 @@ def trial_schema(searched: Mapping[str, pa.DataType]) -> pa.Schema:
         if name == "seed":
             fields.extend(searched.items())
     return pa.schema(fields)
+
+
+# --- places --------------------------------------------------------------------------------------------
+
+
+def resolve(location: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path on it that a local path or a URI (`s3://...`, `gs://...`) means."""
+    if "://" in location:
+        return pafs.FileSystem.from_uri(location)
+    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
+
+
+def join(location: str, *parts: str) -> str:
+    """A place below a local path or URI."""
+    return "/".join([location.rstrip("/") or "/", *parts])
+
+
+def exists(location: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = resolve(location)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def write_bytes(location: str, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    filesystem, path = resolve(location)
+    try:
+        parent = path.rsplit("/", 1)[0]
+        filesystem.create_dir(parent, recursive=True)
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            # Object stores show an object only when its upload is complete.
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+            return
+        temporary = f"{parent}/_tmp-{uuid.uuid4().hex}"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except OSError as error:
+        raise OutputError(
+            f"{location} cannot be written: {error.strerror or error}; make the folder writable, free some "
+            "space, or choose another one with --output"
+        ) from None
+
+
+def read_bytes(location: str) -> bytes:
+    """The content of a file. Raises FileNotFoundError where there is none."""
+    filesystem, path = resolve(location)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return bytes(stream.read())
+
+
+def delete_dir(location: str) -> None:
+    """Remove a folder and all below it; nothing happens where there is none."""
+    filesystem, path = resolve(location)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_dir(path)
+
+
+def check_writable(study_dir: str) -> None:
+    """Find out before anything starts whether results can be written, and leave nothing behind.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    filesystem, path = resolve(study_dir)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        probe = join(study_dir, "_probe")
+        write_bytes(probe, b"")
+        filesystem.delete_file(resolve(probe)[1])
+        return
+    existing = path
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise OutputError(
+            f"{study_dir} cannot be a results folder: {existing} is a file; choose another place with --output"
+        )
+    try:
+        # os.access says yes to root and on read-only mounts of some kinds; a real file tells.
+        probe_path = os.path.join(existing, f"_tmp-{uuid.uuid4().hex}")
+        with open(probe_path, "xb"):
+            pass
+        os.unlink(probe_path)
+    except OSError as error:
+        raise OutputError(
+            f"{study_dir} cannot be written: {existing}: {error.strerror}; make the folder writable or choose "
+            "another one with --output"
+        ) from None
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def trial_name(trial: int) -> str:
+    """`trial-00003`: the name of a trial's files and folders."""
+    return f"trial-{trial:05d}"
+
+
+def write_table(location: str, table: pa.Table) -> None:
+    """Write one Parquet file whole or not at all, with this version of the schema in its metadata."""
+    metadata = {**(table.schema.metadata or {}), b"raydisp.schema_version": str(SCHEMA_VERSION).encode()}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    write_bytes(location, sink.getvalue().to_pybytes())
+
+
+def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, pa.DataType]) -> None:
+    """Write the row of one attempt of one trial; writing it again replaces it.
+
+    Args:
+        row: column -> value; what is left out, and any number that is not finite, becomes null.
+        searched: dotted field name -> Arrow type of the columns that this study adds.
+    """
+    schema = trial_schema(searched)
+    unknown = set(row) - set(schema.names)
+    assert not unknown, f"not columns of trials: {sorted(unknown)}"
+    clean = {name: _null_if_not_finite(row.get(name)) for name in schema.names}
+    name = f"{trial_name(row['trial'])}-attempt-{row['attempt']}.parquet"
+    write_table(join(study_dir, "trials", name), pa.Table.from_pylist([clean], schema=schema))
+
+
+def _null_if_not_finite(value: Any) -> Any:
+    # NaN - NaN and inf - inf are NaN, which equals nothing.
+    return None if isinstance(value, float) and value - value != 0.0 else value
+
+
+class RowWriter:
+    """Collects the `steps`, `evals` and `layers` rows of one trial and writes them in whole files.
+
+    `flush` must come before each checkpoint is made: then no file holds rows from both sides of it, and
+    resuming from it drops whole files.
+    """
+
+    def __init__(self, study_dir: str, trial: int, attempt: int, *, resumed_step: int) -> None:
+        """Drop what an earlier attempt wrote past the step that this one goes on from (0: everything)."""
+        self._study_dir = study_dir
+        self._ids = {"trial": trial, "attempt": attempt}
+        self._since = resumed_step
+        self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ROW_SCHEMAS}
+        for name in ROW_SCHEMAS:
+            _drop_files_from(join(study_dir, name, trial_name(trial)), resumed_step)
+
+    def add(self, table: str, row: Mapping[str, Any]) -> None:
+        """Add a row to one of the three tables; `trial` and `attempt` are filled in."""
+        clean = {name: _null_if_not_finite(value) for name, value in row.items()}
+        self._rows[table].append({**self._ids, **clean})
+
+    def flush(self, step: int) -> None:
+        """Write what has come since the last flush; `step` is the number of steps done."""
+        for name, rows in self._rows.items():
+            if rows:
+                folder = join(self._study_dir, name, trial_name(self._ids["trial"]))
+                file = join(folder, f"from-{self._since:08d}.parquet")
+                write_table(file, pa.Table.from_pylist(rows, schema=ROW_SCHEMAS[name]))
+        self._rows = {name: [] for name in ROW_SCHEMAS}
+        self._since = step
+
+
+def _drop_files_from(folder: str, step: int) -> None:
+    filesystem, path = resolve(folder)
+    for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
+        match = re.fullmatch(r"from-(\d+)\.parquet", info.base_name)
+        if match is None or int(match[1]) >= step:
+            filesystem.delete_file(info.path)
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """A study's results in memory."""
+
+    trials: pa.Table
+    """One row per trial: its latest attempt. Sorted by trial."""
+    attempts: pa.Table
+    """One row per attempt of every trial."""
+    steps: pa.Table
+    evals: pa.Table
+    layers: pa.Table
+
+
+def read_tables(study_dir: str) -> Tables:
+    """Read a study's four datasets; a table without a file yet is empty.
+
+    A file that is not whole, or not ours, is named in a warning and left out.
+    """
+    attempts = read_table(study_dir, "trials")
+    return Tables(
+        trials=latest_attempts(attempts),
+        attempts=attempts,
+        **{name: read_table(study_dir, name) for name in ROW_SCHEMAS},
+    )
+
+
+def read_table(study_dir: str, name: str) -> pa.Table:
+    """Read one of the datasets, sorted by trial, attempt and, where there is one, step."""
+    base = pa.schema(list(TRIAL_COLUMNS.items())) if name == "trials" else ROW_SCHEMAS[name]
+    tables = list(_read_files(join(study_dir, name), base))
+    if not tables:
+        return base.empty_table()
+    table = pa.concat_tables(tables, promote_options="default")
+    keys = [key for key in ("trial", "attempt", "step", "layer") if key in table.column_names]
+    return table.sort_by([(key, "ascending") for key in keys])
+
+
+def _read_files(folder: str, base: pa.Schema) -> Iterator[pa.Table]:
+    filesystem, path = resolve(folder)
+    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+    for info in sorted(filesystem.get_file_info(selector), key=lambda info: info.path):
+        if info.type != pafs.FileType.File or not info.base_name.endswith(".parquet"):
+            continue
+        try:
+            with filesystem.open_input_file(info.path) as file:
+                table = pq.ParquetFile(file).read()
+        except FileNotFoundError:
+            continue  # replaced by a writer since it was listed
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("%s is left out: it is not a whole Parquet file (%s)", info.path, error)
+            continue
+        missing = [field.name for field in base if field.name not in table.column_names]
+        if missing:
+            logger.warning("%s is left out: it has no column %s", info.path, ", ".join(missing))
+            continue
+        yield table.replace_schema_metadata(None)
+
+
+def latest_attempts(attempts: pa.Table) -> pa.Table:
+    """One row per trial, that of its highest attempt, sorted by trial."""
+    if attempts.num_rows == 0:
+        return attempts
+    numbered = attempts.append_column("_row", pa.array(range(attempts.num_rows), pa.int64()))
+    ordered = numbered.sort_by([("trial", "ascending"), ("attempt", "ascending")])
+    last = ordered.group_by("trial", use_threads=False).aggregate([("_row", "last")])
+    return attempts.take(last["_row_last"]).sort_by("trial")
