@@ -1,0 +1,379 @@
+"""How far the token vectors of each layer have turned towards one direction, and how that changes with depth.
+
+Every measure takes hidden states as `output_hidden_states=True` gives them: one [B, L, F] tensor per layer, any
+floating dtype. They are computed in float32, or float64 where the input has it, per sequence over its own tokens,
+and averaged over the sequences. Sequences left without the tokens a measure needs leave its mean.
+
+Source: arXiv:2602.00217 for the cosine measures; the other sources stand at their functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+NORM_FLOOR = 1e-3  # the authors divide each row by max(norm, 1e-3)
+NUM_BINS = 128
+_ROWS_PER_TILE = 256
+
+HiddenStates = Tensor | Sequence[Tensor] | Mapping[int, Tensor]
+
+
+def _layer_list(hidden_states: HiddenStates) -> list[Tensor]:
+    """The states layer by layer, checked: one floating [B, L, F] tensor each."""
+    layers = list(hidden_states.values()) if isinstance(hidden_states, Mapping) else list(hidden_states)
+    if not layers:
+        raise ValueError("hidden_states is empty; at least one layer of shape [B, L, F] is needed.")
+    for number, hidden in enumerate(layers):
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden_states[{number}] has shape {list(hidden.shape)}; each layer must be [B, L, F] "
+                "(sequences, tokens, features)."
+            )
+        if not hidden.is_floating_point():
+            raise ValueError(f"hidden_states[{number}] has dtype {hidden.dtype}; a floating dtype is needed.")
+    return layers
+
+
+def _sequences(hidden: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """The usable token rows [n, F] of each sequence of one layer, in float32 or float64."""
+    if mask is not None and mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"mask has shape {list(mask.shape)}; it must be [B, L] = {list(hidden.shape[:2])}, true (or 1) for "
+            "the tokens that count."
+        )
+    wide = hidden.detach() if hidden.dtype == torch.float64 else hidden.detach().float()
+    for index, rows in enumerate(wide):
+        yield rows if mask is None else rows[mask[index].bool()]
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / norms.clamp_min(NORM_FLOOR)
+
+
+def _mean_cosine(rows: Tensor) -> Tensor:
+    """Mean cosine over all ordered pairs, i = j included.
+
+    That mean is the squared norm of the mean unit vector, so no [L, L] matrix is built.
+    """
+    return _unit_rows(rows).mean(0).square().sum().clamp(-1, 1)
+
+
+def _mean_cosine_centred(rows: Tensor) -> Tensor:
+    return _mean_cosine(rows - rows.mean(0))
+
+
+def _pair_counts(units: Tensor, num_bins: int) -> Tensor:
+    """[num_bins] int64: how many ordered pairs of the rows, i = j included, have their cosine in each bin.
+
+    Half the tiles suffice: a pair right of the diagonal tile is counted twice.
+    """
+    counts = torch.zeros(num_bins, dtype=torch.int64, device=units.device)
+    for start in range(0, units.shape[0], _ROWS_PER_TILE):
+        stop = start + _ROWS_PER_TILE
+        rows = units[start:stop]
+        counts += _bin_counts(rows @ rows.T, num_bins)
+        counts += 2 * _bin_counts(rows @ units[stop:].T, num_bins)
+    return counts
+
+
+def _bin_counts(cosines: Tensor, num_bins: int) -> Tensor:
+    """[num_bins] int64 counts of the entries, clipped to [-1, 1]; overwrites them. The last bin holds 1 itself."""
+    bins = cosines.clamp_(-1, 1).add_(1).mul_(num_bins / 2).to(torch.int32)
+    return torch.bincount(bins.clamp_(max=num_bins - 1).flatten(), minlength=num_bins)
+
+
+def _effective_rank(rows: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values; 1 for rows that are all zero.
+
+    The singular values are the roots of the eigenvalues of the smaller Gram matrix. It is formed in float64,
+    so that values down to 1e-8 of the largest stay right; one dominant direction is the rule here.
+    """
+    rows = rows.double()
+    rows = rows / rows.abs().amax().clamp_min(1e-300)
+    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+    singular_values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    shares = singular_values / singular_values.sum().clamp_min(1e-300)
+    return torch.special.entr(shares).sum().exp()
+
+
+def _mean_over_sequences(values: list[Tensor], hidden: Tensor) -> Tensor:
+    if not values:
+        return torch.tensor(math.nan, dtype=torch.float64, device=hidden.device)
+    return torch.stack(values).double().mean()
+
+
+def layer_cosine(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
+    """Mean cosine between the tokens of a sequence, layer by layer: the paper's measure of condensation.
+
+    Rows are divided by max(norm, 1e-3); the mean is over all ordered pairs, i = j included, and over sequences.
+    Memory O(L F).
+
+    Args:
+        hidden_states: per layer [B, L, F]: a sequence of tensors, a mapping of them, or one [layers, B, L, F].
+        mask: [B, L], true (or 1) where a token counts; None counts all.
+    Returns:
+        [layers] float64 in [-1, 1]; near 1: every token points the same way. NaN where no token counts.
+    Raises:
+        ValueError: a layer is not a floating [B, L, F] tensor, or the mask has another shape.
+    Source: arXiv:2602.00217.
+    """
+    return torch.stack(
+        [
+            _mean_over_sequences(
+                [_mean_cosine(rows) for rows in _sequences(hidden, mask) if len(rows)], hidden
+            )
+            for hidden in _layer_list(hidden_states)
+        ]
+    )
+
+
+def layer_cosine_centred(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
+    """`layer_cosine` after subtracting each sequence's mean vector: blind to an offset all its tokens share."""
+    return torch.stack(
+        [
+            _mean_over_sequences(
+                [_mean_cosine_centred(rows) for rows in _sequences(hidden, mask) if len(rows)], hidden
+            )
+            for hidden in _layer_list(hidden_states)
+        ]
+    )
+
+
+def layer_cosine_without_first(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
+    """`layer_cosine` without the first usable token of each sequence, which is often an attention sink."""
+    return torch.stack(
+        [
+            _mean_over_sequences(
+                [_mean_cosine(rows[1:]) for rows in _sequences(hidden, mask) if len(rows) > 1], hidden
+            )
+            for hidden in _layer_list(hidden_states)
+        ]
+    )
+
+
+def effective_rank(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
+    """Exponential of the entropy of the normalised singular values of each sequence's token matrix.
+
+    Returns:
+        [layers] float64, mean over sequences, from 1 (one direction) to min(L, F). NaN where no token counts.
+    Source: Roy and Vetterli, The effective rank (EUSIPCO 2007); beside the cosine because that is criticised as
+        a measure of isotropy (I-STAR, ICLR 2024).
+    """
+    return torch.stack(
+        [
+            _mean_over_sequences(
+                [_effective_rank(rows) for rows in _sequences(hidden, mask) if len(rows)], hidden
+            )
+            for hidden in _layer_list(hidden_states)
+        ]
+    )
+
+
+def cosine_histogram(
+    hidden_states: HiddenStates,
+    mask: Tensor | None = None,
+    *,
+    num_bins: int = NUM_BINS,
+    kind: Literal["pairs", "averaged"] = "pairs",
+) -> Tensor:
+    """Counts of the cosines of each layer in equal bins on [-1, 1]; tile by tile, no [L, L] matrix.
+
+    Args:
+        hidden_states: per layer [B, L, F], as in `layer_cosine`.
+        mask: [B, L], true (or 1) where a token counts; `pairs` only.
+        num_bins: >= 1; bin k spans [-1 + 2k / num_bins, -1 + 2(k + 1) / num_bins), the last one holds 1 too.
+        kind: `pairs` counts every ordered pair, i = j included, of every sequence. `averaged` averages the cosine
+            matrices over the sequences first, as the authors do, which narrows the histogram.
+    Returns:
+        [layers, num_bins] int64, exact counts: sum over sequences of n^2 (`pairs`), or L^2 (`averaged`).
+    Raises:
+        ValueError: as `layer_cosine`; an unknown kind; a mask with `averaged`; num_bins < 1.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins = {num_bins} must be at least 1.")
+    if kind not in ("pairs", "averaged"):
+        raise ValueError(f'kind = "{kind}" is not one of pairs, averaged.')
+    if kind == "averaged" and mask is not None:
+        raise ValueError('kind = "averaged" averages whole cosine matrices and takes no mask; use "pairs".')
+    histograms = []
+    for hidden in _layer_list(hidden_states):
+        counts = torch.zeros(num_bins, dtype=torch.int64, device=hidden.device)
+        if kind == "pairs":
+            for rows in _sequences(hidden, mask):
+                counts += _pair_counts(_unit_rows(rows), num_bins)
+        else:
+            # The mean over sequences of c_ij is one inner product of the units laid end to end.
+            units = torch.cat([_unit_rows(rows) for rows in _sequences(hidden, None)], dim=-1)
+            counts += _pair_counts(units / math.sqrt(hidden.shape[0]), num_bins)
+        histograms.append(counts)
+    return torch.stack(histograms)
+
+
+def cosine_quantiles(histogram: Tensor, probabilities: Sequence[float] = (0.05, 0.5, 0.95)) -> Tensor:
+    """Quantiles of the cosines behind a histogram, linear within a bin (so good to one bin, 2 / num_bins).
+
+    Args:
+        histogram: [..., num_bins] counts on [-1, 1], from `cosine_histogram`.
+        probabilities: each in [0, 1].
+    Returns:
+        [..., len(probabilities)] float64; NaN where the histogram is empty.
+    """
+    cumulative = histogram.double().cumsum(-1)
+    total = cumulative[..., -1:]
+    targets = total * torch.tensor(list(probabilities), dtype=torch.float64, device=histogram.device)
+    bins = torch.searchsorted(cumulative, targets).clamp_(max=histogram.shape[-1] - 1)
+    inside = histogram.double().gather(-1, bins)
+    below = cumulative.gather(-1, bins) - inside
+    quantiles = -1 + 2 / histogram.shape[-1] * (bins + (targets - below) / inside.clamp_min(1))
+    return torch.where(total > 0, quantiles, math.nan)
+
+
+class DepthTrend(NamedTuple):
+    """Rank correlations of the layer means with the layer index, in [-1, 1]; None where they are undefined."""
+
+    spearman: float | None
+    kendall: float | None
+
+
+def depth_trend(layer_means: Tensor | Sequence[float]) -> DepthTrend:
+    """Spearman's rho and Kendall's tau-b between the layer means and the layer index.
+
+    Near +1: the model condenses with depth; near 0: no trend; negative: it disperses. Undefined, hence None, for
+    fewer than two layers, for equal means throughout, and where a mean is not finite.
+    """
+    means = [float(mean) for mean in layer_means]
+    if len(means) < 2 or not all(map(math.isfinite, means)) or min(means) == max(means):
+        return DepthTrend(None, None)
+    from scipy import stats  # slow to import, and the losses' users do not need it
+
+    index = range(len(means))
+    return DepthTrend(
+        spearman=float(stats.spearmanr(index, means).statistic),
+        kendall=float(stats.kendalltau(index, means).statistic),
+    )
+
+
+def last_layers_mean(layer_means: Tensor | Sequence[float], count: int | Literal["half"]) -> float:
+    """Mean of the last `count` layer means; `half` is the authors' last floor(S / 2) + 1 of S states.
+
+    Raises:
+        ValueError: count is not in 1..S.
+    """
+    means = [float(mean) for mean in layer_means]
+    number = len(means) // 2 + 1 if count == "half" else count
+    number = min(number, len(means)) if count == "half" else number
+    if not 1 <= number <= len(means):
+        raise ValueError(
+            f'count = {count!r} is neither "half" nor in 1..{len(means)}, the number of layer means.'
+        )
+    return math.fsum(means[-number:]) / number
+
+
+@dataclass(frozen=True)
+class CondensationResult:
+    """Condensation over everything that was accumulated: one entry per hidden state in every list.
+
+    NaN (None for the trends) marks what no token, or no pair of layers, defines.
+    """
+
+    num_sequences: int
+    cosine_mean: list[float]
+    cosine_centred_mean: list[float]
+    cosine_without_first_mean: list[float]
+    cosine_p05: list[float]
+    cosine_p50: list[float]
+    cosine_p95: list[float]
+    effective_rank: list[float]
+    histogram: list[list[int]]
+    spearman: float | None
+    kendall: float | None
+
+
+class CondensationAccumulator:
+    """Sums and counts of the condensation measures over many batches, workers included.
+
+    Args:
+        num_states: hidden states per update: number of blocks + 1 for all of them.
+        num_bins: bins of the histograms on [-1, 1].
+        device: where sums are kept; that of the process group's backend if `tensors` is to be reduced.
+    """
+
+    def __init__(
+        self, num_states: int, *, num_bins: int = NUM_BINS, device: torch.device | str | None = None
+    ) -> None:
+        if num_states < 1:
+            raise ValueError(f"num_states = {num_states} must be at least 1.")
+        if num_bins < 1:
+            raise ValueError(f"num_bins = {num_bins} must be at least 1.")
+        # Columns: cosine, centred cosine, cosine without the first token, effective rank.
+        self._sums = torch.zeros(num_states, 4, dtype=torch.float64, device=device)
+        # Sequences with one usable token or more, and with two or more; the same for every layer.
+        self._num_sequences = torch.zeros(2, dtype=torch.int64, device=device)
+        self._histogram = torch.zeros(num_states, num_bins, dtype=torch.int64, device=device)
+
+    def update(self, hidden_states: HiddenStates, mask: Tensor | None = None) -> None:
+        """Add one batch: per layer [B, L, F], and mask [B, L] as in `layer_cosine`."""
+        layers = _layer_list(hidden_states)
+        if len(layers) != len(self._sums):
+            raise ValueError(
+                f"{len(layers)} hidden states were given; this accumulator counts {len(self._sums)}."
+            )
+        num_bins = self._histogram.shape[1]
+        for number, hidden in enumerate(layers):
+            sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
+            for rows in _sequences(hidden, mask):
+                if len(rows) == 0:
+                    continue
+                units = _unit_rows(rows)
+                sums[0] += units.mean(0).square().sum().clamp(-1, 1)
+                sums[1] += _mean_cosine_centred(rows)
+                if len(rows) > 1:
+                    sums[2] += units[1:].mean(0).square().sum().clamp(-1, 1)
+                sums[3] += _effective_rank(rows)
+                self._histogram[number] += _pair_counts(units, num_bins).to(self._histogram.device)
+                if number == 0:
+                    self._num_sequences[0] += 1
+                    self._num_sequences[1] += len(rows) > 1
+            self._sums[number] += sums.to(self._sums.device)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums and counts themselves: all-reduce each with SUM in place, and `result` is the global one."""
+        return [self._sums, self._num_sequences, self._histogram]
+
+    def merge(self, other: CondensationAccumulator) -> None:
+        """Add what another accumulator of the same shape has counted."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            if mine.shape != theirs.shape:
+                raise ValueError(
+                    f"Accumulators of {len(self._sums)} states and {self._histogram.shape[1]} bins, and of "
+                    f"{len(other._sums)} and {other._histogram.shape[1]}, cannot be merged."
+                )
+            mine += theirs.to(mine.device)
+
+    def result(self) -> CondensationResult:
+        """The measures over all that was counted."""
+        at_least_one, at_least_two = self._num_sequences.tolist()
+        counts = torch.tensor([at_least_one, at_least_one, at_least_two, at_least_one], dtype=torch.float64)
+        means = self._sums.cpu() / counts  # 0 / 0 is NaN: nothing was measured
+        quantiles = cosine_quantiles(self._histogram.cpu())
+        trend = depth_trend(means[:, 0])
+        return CondensationResult(
+            num_sequences=at_least_one,
+            cosine_mean=means[:, 0].tolist(),
+            cosine_centred_mean=means[:, 1].tolist(),
+            cosine_without_first_mean=means[:, 2].tolist(),
+            cosine_p05=quantiles[:, 0].tolist(),
+            cosine_p50=quantiles[:, 1].tolist(),
+            cosine_p95=quantiles[:, 2].tolist(),
+            effective_rank=means[:, 3].tolist(),
+            histogram=self._histogram.tolist(),
+            spearman=trend.spearman,
+            kendall=trend.kendall,
+        )
