@@ -1,8 +1,8 @@
 """How far the token vectors of each layer have turned towards one direction, and how that changes with depth.
 
-Every measure takes hidden states as `output_hidden_states=True` gives them: one [B, L, F] tensor per layer, any
-floating dtype. They are computed in float32, or float64 where the input has it, per sequence over its own tokens,
-and averaged over the sequences. Sequences left without the tokens a measure needs leave its mean.
+Every measure takes hidden states as `output_hidden_states=True` gives them: one [B, L, F] tensor per layer,
+any floating dtype. They are computed in float32, or float64 where the input has it, per sequence over its own
+tokens, and averaged over the sequences. Sequences without the tokens that a measure needs leave its mean.
 
 Source: arXiv:2602.00217 for the cosine measures; the other sources stand at their functions.
 """
@@ -10,7 +10,7 @@ Source: arXiv:2602.00217 for the cosine measures; the other sources stand at the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -36,7 +36,7 @@ def _layer_list(hidden_states: HiddenStates) -> list[Tensor]:
                 "(sequences, tokens, features)."
             )
         if not hidden.is_floating_point():
-            raise ValueError(f"hidden_states[{number}] has dtype {hidden.dtype}; a floating dtype is needed.")
+            raise ValueError(f"hidden_states[{number}] has dtype {hidden.dtype}; it must be floating.")
     return layers
 
 
@@ -44,8 +44,8 @@ def _sequences(hidden: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
     """The usable token rows [n, F] of each sequence of one layer, in float32 or float64."""
     if mask is not None and mask.shape != hidden.shape[:2]:
         raise ValueError(
-            f"mask has shape {list(mask.shape)}; it must be [B, L] = {list(hidden.shape[:2])}, true (or 1) for "
-            "the tokens that count."
+            f"mask has shape {list(mask.shape)}; it must be [B, L] = {list(hidden.shape[:2])}, true (or 1) "
+            "for the tokens that count."
         )
     wide = hidden.detach() if hidden.dtype == torch.float64 else hidden.detach().float()
     for index, rows in enumerate(wide):
@@ -84,7 +84,7 @@ def _pair_counts(units: Tensor, num_bins: int) -> Tensor:
 
 
 def _bin_counts(cosines: Tensor, num_bins: int) -> Tensor:
-    """[num_bins] int64 counts of the entries, clipped to [-1, 1]; overwrites them. The last bin holds 1 itself."""
+    """[num_bins] int64 counts of the entries, clipped to [-1, 1], overwritten; the last bin holds 1."""
     bins = cosines.clamp_(-1, 1).add_(1).mul_(num_bins / 2).to(torch.int32)
     return torch.bincount(bins.clamp_(max=num_bins - 1).flatten(), minlength=num_bins)
 
@@ -103,20 +103,26 @@ def _effective_rank(rows: Tensor) -> Tensor:
     return torch.special.entr(shares).sum().exp()
 
 
-def _mean_over_sequences(values: list[Tensor], hidden: Tensor) -> Tensor:
-    if not values:
-        return torch.tensor(math.nan, dtype=torch.float64, device=hidden.device)
-    return torch.stack(values).double().mean()
+def _per_layer(
+    measure: Callable[[Tensor], Tensor], hidden_states: HiddenStates, mask: Tensor | None, min_tokens: int = 1
+) -> Tensor:
+    """[layers] float64: the mean of a measure over the sequences that have enough tokens for it."""
+    means = []
+    for hidden in _layer_list(hidden_states):
+        values = [measure(rows) for rows in _sequences(hidden, mask) if len(rows) >= min_tokens]
+        nothing = torch.tensor(math.nan, dtype=torch.float64, device=hidden.device)
+        means.append(torch.stack(values).double().mean() if values else nothing)
+    return torch.stack(means)
 
 
 def layer_cosine(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
     """Mean cosine between the tokens of a sequence, layer by layer: the paper's measure of condensation.
 
-    Rows are divided by max(norm, 1e-3); the mean is over all ordered pairs, i = j included, and over sequences.
-    Memory O(L F).
+    Rows are divided by max(norm, 1e-3); the mean is over all ordered pairs, i = j included, and over
+    sequences. Memory O(L F).
 
     Args:
-        hidden_states: per layer [B, L, F]: a sequence of tensors, a mapping of them, or one [layers, B, L, F].
+        hidden_states: [B, L, F] per layer: a sequence of tensors, a mapping, or one [layers, B, L, F].
         mask: [B, L], true (or 1) where a token counts; None counts all.
     Returns:
         [layers] float64 in [-1, 1]; near 1: every token points the same way. NaN where no token counts.
@@ -124,38 +130,17 @@ def layer_cosine(hidden_states: HiddenStates, mask: Tensor | None = None) -> Ten
         ValueError: a layer is not a floating [B, L, F] tensor, or the mask has another shape.
     Source: arXiv:2602.00217.
     """
-    return torch.stack(
-        [
-            _mean_over_sequences(
-                [_mean_cosine(rows) for rows in _sequences(hidden, mask) if len(rows)], hidden
-            )
-            for hidden in _layer_list(hidden_states)
-        ]
-    )
+    return _per_layer(_mean_cosine, hidden_states, mask)
 
 
 def layer_cosine_centred(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
-    """`layer_cosine` after subtracting each sequence's mean vector: blind to an offset all its tokens share."""
-    return torch.stack(
-        [
-            _mean_over_sequences(
-                [_mean_cosine_centred(rows) for rows in _sequences(hidden, mask) if len(rows)], hidden
-            )
-            for hidden in _layer_list(hidden_states)
-        ]
-    )
+    """`layer_cosine` after subtracting each sequence's mean vector: blind to an offset its tokens share."""
+    return _per_layer(_mean_cosine_centred, hidden_states, mask)
 
 
 def layer_cosine_without_first(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
     """`layer_cosine` without the first usable token of each sequence, which is often an attention sink."""
-    return torch.stack(
-        [
-            _mean_over_sequences(
-                [_mean_cosine(rows[1:]) for rows in _sequences(hidden, mask) if len(rows) > 1], hidden
-            )
-            for hidden in _layer_list(hidden_states)
-        ]
-    )
+    return _per_layer(lambda rows: _mean_cosine(rows[1:]), hidden_states, mask, min_tokens=2)
 
 
 def effective_rank(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
@@ -163,17 +148,10 @@ def effective_rank(hidden_states: HiddenStates, mask: Tensor | None = None) -> T
 
     Returns:
         [layers] float64, mean over sequences, from 1 (one direction) to min(L, F). NaN where no token counts.
-    Source: Roy and Vetterli, The effective rank (EUSIPCO 2007); beside the cosine because that is criticised as
-        a measure of isotropy (I-STAR, ICLR 2024).
+    Source: Roy and Vetterli, The effective rank (EUSIPCO 2007); beside the cosine because that is criticised
+        as a measure of isotropy (I-STAR, ICLR 2024).
     """
-    return torch.stack(
-        [
-            _mean_over_sequences(
-                [_effective_rank(rows) for rows in _sequences(hidden, mask) if len(rows)], hidden
-            )
-            for hidden in _layer_list(hidden_states)
-        ]
-    )
+    return _per_layer(_effective_rank, hidden_states, mask)
 
 
 def cosine_histogram(
@@ -189,8 +167,8 @@ def cosine_histogram(
         hidden_states: per layer [B, L, F], as in `layer_cosine`.
         mask: [B, L], true (or 1) where a token counts; `pairs` only.
         num_bins: >= 1; bin k spans [-1 + 2k / num_bins, -1 + 2(k + 1) / num_bins), the last one holds 1 too.
-        kind: `pairs` counts every ordered pair, i = j included, of every sequence. `averaged` averages the cosine
-            matrices over the sequences first, as the authors do, which narrows the histogram.
+        kind: `pairs` counts every ordered pair, i = j included, of every sequence. `averaged` averages the
+            cosine matrices over the sequences first, as the authors do, which narrows the histogram.
     Returns:
         [layers, num_bins] int64, exact counts: sum over sequences of n^2 (`pairs`), or L^2 (`averaged`).
     Raises:
@@ -236,7 +214,7 @@ def cosine_quantiles(histogram: Tensor, probabilities: Sequence[float] = (0.05, 
 
 
 class DepthTrend(NamedTuple):
-    """Rank correlations of the layer means with the layer index, in [-1, 1]; None where they are undefined."""
+    """Rank correlations of the layer means with the layer index, in [-1, 1]; None where undefined."""
 
     spearman: float | None
     kendall: float | None
@@ -245,8 +223,8 @@ class DepthTrend(NamedTuple):
 def depth_trend(layer_means: Tensor | Sequence[float]) -> DepthTrend:
     """Spearman's rho and Kendall's tau-b between the layer means and the layer index.
 
-    Near +1: the model condenses with depth; near 0: no trend; negative: it disperses. Undefined, hence None, for
-    fewer than two layers, for equal means throughout, and where a mean is not finite.
+    Near +1: the model condenses with depth; near 0: no trend; negative: it disperses. Undefined, hence None,
+    for fewer than two layers, for equal means throughout, and where a mean is not finite.
     """
     means = [float(mean) for mean in layer_means]
     if len(means) < 2 or not all(map(math.isfinite, means)) or min(means) == max(means):
@@ -267,12 +245,9 @@ def last_layers_mean(layer_means: Tensor | Sequence[float], count: int | Literal
         ValueError: count is not in 1..S.
     """
     means = [float(mean) for mean in layer_means]
-    number = len(means) // 2 + 1 if count == "half" else count
-    number = min(number, len(means)) if count == "half" else number
+    number = min(len(means) // 2 + 1, len(means)) if count == "half" else count
     if not 1 <= number <= len(means):
-        raise ValueError(
-            f'count = {count!r} is neither "half" nor in 1..{len(means)}, the number of layer means.'
-        )
+        raise ValueError(f'count = {count!r} is neither "half" nor in 1..{len(means)}, the number of layers.')
     return math.fsum(means[-number:]) / number
 
 
@@ -344,7 +319,7 @@ class CondensationAccumulator:
             self._sums[number] += sums.to(self._sums.device)
 
     def tensors(self) -> list[Tensor]:
-        """The sums and counts themselves: all-reduce each with SUM in place, and `result` is the global one."""
+        """The sums and counts themselves: all-reduce each with SUM in place, and `result` is global."""
         return [self._sums, self._num_sequences, self._histogram]
 
     def merge(self, other: CondensationAccumulator) -> None:

@@ -1,8 +1,8 @@
 """Which hidden states a layer choice means, and how they are caught while a model runs.
 
-Layers are counted as Hugging Face counts `hidden_states`: 0 is the embedding output, 1..n the outputs of the n
-blocks, and number n is taken after the model's final norm. torch is imported only where a model is at hand, so
-that reading a study file stays cheap.
+Layers are counted as Hugging Face counts `hidden_states`: 0 is the embedding output, 1..n the outputs of the
+n blocks, and number n is taken after the model's final norm. torch is imported only where a model is at hand,
+so that reading a study file stays cheap.
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ def _hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 class HiddenStateCapture:
     """Catches the chosen hidden states of a causal language model while it runs.
 
-    State number i < n is the *input* of block i, caught by a forward pre-hook (so that nothing is caught again when
-    activation checkpointing runs a block a second time); number n is what the base model returns, after its
-    final norm. Only the chosen layers carry hooks. The model may be wrapped by `torch.compile`, DDP or FSDP2;
-    hooks have to be there before `torch.compile` first traces the model.
+    State number i < n is the *input* of block i, caught by a forward pre-hook (so that nothing is caught
+    again when activation checkpointing runs a block a second time); number n is what the base model returns,
+    after its final norm. Only the chosen layers carry hooks. The model may be wrapped by `torch.compile`, DDP
+    or FSDP2; hooks have to be there before `torch.compile` first traces the model.
 
     Attributes:
         layers: the numbers caught, sorted.
@@ -192,9 +192,9 @@ class HiddenStateCapture:
         missing = [number for number in self.layers if number not in states]
         if missing:
             raise RuntimeError(
-                f"Layers {missing} were not recorded (recorded: {sorted(states) or 'none'}). Run the model inside "
-                "`with capture.recording():` before take(); if it was compiled, attach the hooks before its first "
-                "call."
+                f"Layers {missing} were not recorded (recorded: {sorted(states) or 'none'}). Run the "
+                "model inside `with capture.recording():` before take(); if it is compiled, attach the hooks before "
+                "its first call."
             )
         return {number: states[number] for number in self.layers}
 
