@@ -9,9 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from raydisp.layers import LAYER_CHOICES, resolve_layers
 
@@ -159,7 +170,7 @@ class Files(_Data):
 
 
 class HubData(_Data):
-    """A dataset of the Hugging Face hub (or its local cache, or a local folder) through datasets.load_dataset.
+    """A dataset of the Hugging Face hub (or its local cache, or a local folder) by datasets.load_dataset.
 
     Splits named in the dataset are used as they are; one that it lacks is split off `train_split` by a
     stable hash of the document.
@@ -202,7 +213,8 @@ class TrainConfig(Section):
         Annotated[float, Field(gt=0.0)] | None, Field(description="global gradient norm; null: no clipping")
     ] = 1.0
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], Field(description="auto: bf16 autocast on a GPU that has it, else fp32")
+        Literal["auto", "fp32", "bf16"],
+        Field(description="auto: bf16 autocast on a GPU that has it, else fp32"),
     ] = "auto"
     strategy: Literal["ddp"] = "ddp"
 
@@ -238,11 +250,13 @@ class DispersionConfig(Section):
     @field_validator("layers", mode="before")
     @classmethod
     def _known_layers(cls, value: Any) -> Any:
-        if isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+        if isinstance(value, list) and all(type(number) is int for number in value):
             # Which numbers exist is known only with the model; order and repeats are settled here.
             resolve_layers(value, max([*value, 1]))
-        else:
+        elif isinstance(value, str):
             resolve_layers(value, 1)
+        else:
+            raise ValueError(f"layers is not one of {', '.join(LAYER_CHOICES)} or a list of layer numbers")
         return value
 
 
@@ -270,8 +284,29 @@ class Range(Section):
         return self
 
 
-Choice = bool | int | float | str | list[int] | None
-Dimension = Range | Annotated[list[Choice], Field(min_length=1)]
+def _choice(value: Any) -> Any:
+    whole_numbers = isinstance(value, list) and all(type(item) is int for item in value)
+    if value is None or isinstance(value, bool | int | float | str) or whole_numbers:
+        return value
+    raise ValueError("is not a number, a word, true, false, null or a list of whole numbers")
+
+
+Choice = Annotated[
+    Any,
+    BeforeValidator(_choice),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": ["number", "string", "boolean", "null"]},
+                {"type": "array", "items": {"type": "integer"}},
+            ]
+        }
+    ),
+]
+Dimension = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[list[Choice], Field(min_length=1), Tag("choices")],
+    Discriminator(lambda value: "choices" if isinstance(value, list) else "range"),
+]
 
 Metric = Literal[
     "val_loss",
@@ -294,7 +329,9 @@ class Objective(Section):
 class SearchConfig(Section):
     """Which fields vary, how many trials, and who suggests them."""
 
-    num_trials: Annotated[Int, Field(ge=1, le=100_000, description="search trials; the baseline comes on top")]
+    num_trials: Annotated[
+        Int, Field(ge=1, le=100_000, description="search trials; the baseline comes on top")
+    ]
     objective: Objective = Objective()
     space: dict[str, Dimension]
     sampler: Literal["tpe", "random"] = "tpe"
@@ -368,13 +405,13 @@ class TrialConfig(Section):
         train, context = self.train, self.data.context_length
         if train.global_batch_tokens % context:
             raise ValueError(
-                f"train.global_batch_tokens = {train.global_batch_tokens} is not a whole number of sequences of "
-                f"data.context_length = {context}; {_nearest_multiples(train.global_batch_tokens, context)}"
+                f"train.global_batch_tokens = {train.global_batch_tokens} is not a whole number of "
+                f"sequences of data.context_length = {context}; {_nearest_multiples(train.global_batch_tokens, context)}"
             )
         if train.micro_batch_tokens != "auto" and train.micro_batch_tokens % context:
             raise ValueError(
-                f"train.micro_batch_tokens = {train.micro_batch_tokens} is not a whole number of sequences of "
-                f"data.context_length = {context}; {_nearest_multiples(train.micro_batch_tokens, context)}"
+                f"train.micro_batch_tokens = {train.micro_batch_tokens} is not a whole number of "
+                f"sequences of data.context_length = {context}; {_nearest_multiples(train.micro_batch_tokens, context)}"
             )
         if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < context:
             raise ValueError(
@@ -390,7 +427,7 @@ class TrialConfig(Section):
             try:
                 resolve_layers(self.dispersion.layers, self.model.num_layers)
             except ValueError as error:
-                raise ValueError(f"dispersion.layers: {error}") from None
+                raise ValueError(f"dispersion.{error}") from None
         return self
 
     @property
@@ -437,16 +474,19 @@ class StudyConfig(TrialConfig):
     ]
     search: SearchConfig
     resources: ResourcesConfig = ResourcesConfig()
-    output: Annotated[str, Field(min_length=1, description="folder; results go to <output>/<name>")] = "results"
+    output: Annotated[str, Field(min_length=1, description="folder; results go to <output>/<name>")] = (
+        "results"
+    )
 
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> StudyConfig:
         sequences, workers = self.sequences_per_step, self.resources.num_workers
         if sequences % workers:
+            nearest = _nearest_multiples(self.train.global_batch_tokens, self.data.context_length * workers)
             raise ValueError(
                 f"train.global_batch_tokens = {self.train.global_batch_tokens} is {sequences} sequences of "
                 f"{self.data.context_length} tokens, which resources.num_workers = {workers} cannot share "
-                f"evenly; {_nearest_multiples(self.train.global_batch_tokens, self.data.context_length * workers)}"
+                f"evenly; {nearest}"
             )
         return self
 
@@ -462,15 +502,8 @@ def _nearest_multiples(value: int, unit: int) -> str:
     return f"the nearest that is: {near}"
 
 
-def replace_fields(config: TrialConfig, values: dict[str, Any]) -> TrialConfig:
-    """A trial with fields set by dotted name, validated anew.
-
-    Args:
-        config: the base trial.
-        values: dotted field name -> value, for example {"dispersion.weight": 0.3}.
-    Raises:
-        pydantic.ValidationError: a value is not allowed, alone or beside the others.
-    """
+def with_fields(config: TrialConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial as a tree of plain values, with fields set by dotted name: {"dispersion.weight": 0.3}."""
     tree = config.model_dump(mode="json")
     for dotted, value in values.items():
         *parents, leaf = dotted.split(".")
@@ -478,4 +511,13 @@ def replace_fields(config: TrialConfig, values: dict[str, Any]) -> TrialConfig:
         for parent in parents:
             node = node[parent]
         node[leaf] = value
-    return TrialConfig.model_validate(tree)
+    return tree
+
+
+def replace_fields(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
+    """A trial with fields set by dotted name, validated anew.
+
+    Raises:
+        pydantic.ValidationError: a value is not allowed, alone or beside the others.
+    """
+    return TrialConfig.model_validate(with_fields(config, values))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import re
 import uuid
@@ -225,7 +226,8 @@ def check_writable(study_dir: str) -> None:
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         raise OutputError(
-            f"{study_dir} cannot be a results folder: {existing} is a file; choose another place with --output"
+            f"{study_dir} cannot be a results folder: {existing} is a file; "
+            "choose another place with --output"
         )
     try:
         # os.access says yes to root and on read-only mounts of some kinds; a real file tells.
@@ -235,8 +237,8 @@ def check_writable(study_dir: str) -> None:
         os.unlink(probe_path)
     except OSError as error:
         raise OutputError(
-            f"{study_dir} cannot be written: {existing}: {error.strerror}; make the folder writable or choose "
-            "another one with --output"
+            f"{study_dir} cannot be written: {existing}: {error.strerror}; make the folder writable "
+            "or choose another one with --output"
         ) from None
 
 
@@ -272,8 +274,7 @@ def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, p
 
 
 def _null_if_not_finite(value: Any) -> Any:
-    # NaN - NaN and inf - inf are NaN, which equals nothing.
-    return None if isinstance(value, float) and value - value != 0.0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RowWriter:
