@@ -1,0 +1,84 @@
+"""Checkpoints of one trial: saved whole or not at all, the latest one kept.
+
+    <folder>/step-00000050/tensors.pt    model and optimizer; read with weights_only, so it runs no code
+                           state.json    everything else
+                           COMPLETE      written last: size and SHA-256 of the two files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from raydisp import results
+
+logger = logging.getLogger(__name__)
+
+_FILES = ("tensors.pt", "state.json")
+
+
+class CheckpointFolder:
+    """The checkpoints of one trial, in a local folder or an object store."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write one checkpoint, then delete the older ones. One worker calls it.
+
+        Args:
+            step: number of steps done.
+            tensors: nested dictionaries and lists of tensors and plain numbers.
+            state: what JSON can hold.
+        """
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        contents = {"tensors.pt": buffer.getvalue(), "state.json": json.dumps(state).encode()}
+        folder = results.join(self.location, f"step-{step:08d}")
+        results.delete_dir(folder)  # what a process that died here has left
+        for name, content in contents.items():
+            results.write_bytes(results.join(folder, name), content)
+        marker = {name: _fingerprint(content) for name, content in contents.items()}
+        results.write_bytes(results.join(folder, "COMPLETE"), json.dumps(marker).encode())
+        for older in self._steps():
+            if older < step:
+                results.delete_dir(results.join(self.location, f"step-{older:08d}"))
+
+    def load_latest(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """The newest checkpoint that is whole, as (step, tensors on the CPU, state); None if there is none."""
+        for step in sorted(self._steps(), reverse=True):
+            folder = results.join(self.location, f"step-{step:08d}")
+            try:
+                marker = json.loads(results.read_bytes(results.join(folder, "COMPLETE")))
+                contents = {name: results.read_bytes(results.join(folder, name)) for name in _FILES}
+            except (FileNotFoundError, json.JSONDecodeError):
+                logger.warning("%s is left out: it was not written to its end", folder)
+                continue
+            damaged = [name for name in _FILES if marker.get(name) != _fingerprint(contents[name])]
+            if damaged:
+                logger.warning("%s is left out: %s is not what was written", folder, ", ".join(damaged))
+                continue
+            tensors = torch.load(io.BytesIO(contents["tensors.pt"]), map_location="cpu", weights_only=True)
+            return step, tensors, json.loads(contents["state.json"])
+        return None
+
+    def delete(self) -> None:
+        """Remove all checkpoints of the trial."""
+        results.delete_dir(self.location)
+
+    def _steps(self) -> list[int]:
+        filesystem, path = results.resolve(self.location)
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        matches = [re.fullmatch(r"step-(\d+)", info.base_name) for info in infos]
+        return [int(match[1]) for match in matches if match]
+
+
+def _fingerprint(content: bytes) -> dict[str, Any]:
+    return {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
