@@ -124,7 +124,7 @@ def check_data(trial: TrialConfig) -> CorpusSummary:
     return summary
 
 
-def load_meta(prepared: str) -> dict[str, Any]:
+def read_meta(prepared: str) -> dict[str, Any]:
     """`meta.json` of a folder that `prepare` returned.
 
     Keys: format, data_sha256, source, python_version, revision, context_length, vocab_size, eos_token_id,
@@ -383,7 +383,7 @@ class TokenBlocks:
         self.prepared, self.split = prepared, split
         path = Path(prepared) / f"{split}.arrow"
         try:
-            meta = load_meta(prepared)
+            meta = read_meta(prepared)
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowInvalid) as problem:
             raise DataError(
@@ -484,49 +484,54 @@ def batch_sha256(blocks: TokenBlocks, seed: int, step: int, sequences_per_step: 
     return hashlib.sha256(batch.numpy().astype("<i8", copy=False).tobytes()).hexdigest()
 
 
-class Prefetcher:
+class BatchLoader:
     """A worker's batches of consecutive steps, the next ones read by a thread while this one computes.
 
-    Use as a context manager, or call `close`; iterating gives (step, int64 [share, context_length]).
+    Use it as a context manager, or call `close`. Iterating gives int64 [share, context_length] for
+    `first_step`, `first_step` + 1, ..., `num_steps` - 1, once.
     """
 
     def __init__(
         self,
         blocks: TokenBlocks,
+        *,
         seed: int,
-        steps: range,
         sequences_per_step: int,
+        num_steps: int,
+        first_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
         depth: int = 2,
     ) -> None:
-        """Args: steps: which to give, from the resumed one on. depth: batches kept ready, at least 1."""
-        self._ready: queue.Queue[tuple[int, torch.Tensor] | BaseException | None] = queue.Queue(depth)
+        """Start reading; `depth` batches, at least 1, are kept ready."""
+        self._ready: queue.Queue[torch.Tensor | BaseException | None] = queue.Queue(depth)
         self._stop = threading.Event()
 
         def read() -> None:
+            last: BaseException | None = None
             try:
-                for step in steps:
-                    batch = load_batch(blocks, seed, step, sequences_per_step, rank, world_size)
-                    if not self._put((step, batch)):
+                for step in range(first_step, num_steps):
+                    if not self._put(load_batch(blocks, seed, step, sequences_per_step, rank, world_size)):
                         return
-                self._put(None)
             except BaseException as error:
-                self._put(error)
+                last = error
+            self._put(last)
 
-        self._thread = threading.Thread(target=read, name="raydisp-prefetch", daemon=True)
+        self._thread = threading.Thread(target=read, name="raydisp-batches", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         while not self._stop.is_set():
             item = self._ready.get()
-            if item is None:
+            if item is None or isinstance(item, BaseException):
+                # Nothing comes after it, so that iterating again must not wait.
+                self.close()
+                if item is not None:
+                    raise item
                 return
-            if isinstance(item, BaseException):
-                raise item
             yield item
 
-    def __enter__(self) -> Prefetcher:
+    def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(
@@ -539,7 +544,7 @@ class Prefetcher:
         self._stop.set()
         self._thread.join()
 
-    def _put(self, item: tuple[int, torch.Tensor] | BaseException | None) -> bool:
+    def _put(self, item: torch.Tensor | BaseException | None) -> bool:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._ready.put(item, timeout=0.1)
