@@ -193,8 +193,8 @@ class HiddenStateCapture:
         if missing:
             raise RuntimeError(
                 f"Layers {missing} were not recorded (recorded: {sorted(states) or 'none'}). Run the "
-                "model inside `with capture.recording():` before take(); if it is compiled, attach the hooks before "
-                "its first call."
+                "model inside `with capture.recording():` before take(); if it is compiled, attach the hooks "
+                "before its first call."
             )
         return {number: states[number] for number in self.layers}
 
