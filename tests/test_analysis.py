@@ -29,7 +29,8 @@ def trial_row(trial: int, **changes: Any) -> dict[str, Any]:
     weight = float(np.exp(draw.uniform(np.log(0.01), np.log(2.0)))) if trial else 0.0
     temperature = float(np.exp(draw.uniform(np.log(0.1), np.log(2.0)))) if trial else 1.0
     layers = ["all", "last", "early_half", "late_half"][trial % 4]
-    loss = 5.235 - (0.04 * np.log1p(10 * weight) - 0.02 * weight**2 + draw.normal(0, 0.01) if trial else 0)
+    gain = 0.04 * np.log1p(10 * weight) - 0.02 * weight**2 + draw.normal(0, 0.01) if trial else 0.0
+    loss = float(5.235 - gain)
     started = STARTED + datetime.timedelta(seconds=80 * trial)
     row = {
         "study": "weight_search",
@@ -48,7 +49,7 @@ def trial_row(trial: int, **changes: Any) -> dict[str, Any]:
         "val_loss": loss,
         "val_perplexity": float(np.exp(loss)),
         "val_bits_per_byte": loss * 0.47,
-        "layer_cosine_mean": 0.61 - 0.1 * np.log1p(10 * weight),
+        "layer_cosine_mean": float(0.61 - 0.1 * np.log1p(10 * weight)),
         "spearman": 0.9 - weight,
         "kendall": 0.8 - weight,
         "train_s": 70.0 + draw.uniform(0, 8),
