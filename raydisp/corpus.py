@@ -132,7 +132,7 @@ def open_corpus(data: DataConfig) -> Corpus:
             digest.update(_file_digest(path))
         sizes = tuple((path, os.path.getsize(path)) for path in paths[:_LISTED_FILES])
         return Corpus(data, digest.hexdigest(), sizes, len(paths), None, None)
-    if os.path.isdir(data.path):
+    if _local_folder(data) is not None:
         texts = ((split, text) for split, _, text in split_documents(data))
         return Corpus(data, _sha256_of(texts), (), 0, None, None)
     sha = resolve_data_revision(data)
@@ -146,7 +146,9 @@ def resolve_data_revision(data: DataConfig) -> str | None:
     Raises:
         DataError: no such dataset or revision, or no network and not in the cache; within seconds.
     """
-    return None if not isinstance(data, HubData) or os.path.isdir(data.path) else _commit(data).sha
+    if not isinstance(data, HubData) or _local_folder(data) is not None:
+        return None
+    return _commit(data).sha
 
 
 def describe(data: DataConfig) -> CorpusSummary:
@@ -158,7 +160,7 @@ def describe(data: DataConfig) -> CorpusSummary:
     Raises:
         DataError: not found, not readable, empty, or a split that is empty or surely shorter than one block.
     """
-    if isinstance(data, HubData) and not os.path.isdir(data.path):
+    if isinstance(data, HubData) and _local_folder(data) is None:
         return _describe_hub(data)
     if isinstance(data, Files):
         paths = _matching_files(data)
@@ -483,6 +485,11 @@ def _check_text_type(found: str, what: str, field: str) -> None:
 # --- hub ----------------------------------------------------------------------------------------------
 
 
+def _local_folder(data: HubData) -> str | None:
+    folder = os.path.expanduser(data.path)
+    return folder if os.path.isdir(folder) else None
+
+
 def _commit(data: HubData) -> hub.Commit:
     return hub.resolve(
         data.path, data.revision, "dataset", where=f'data.path = "{data.path}"', error=DataError
@@ -493,8 +500,9 @@ def _load_splits(data: HubData, revision: str | None) -> dict[str, Any]:
     """The dataset's splits by name, from a folder, the hub, or the cache where the hub does not answer."""
     import datasets
 
-    if os.path.isdir(data.path):
-        return _loading(data, lambda: datasets.load_dataset(data.path, data.name))
+    folder = _local_folder(data)
+    if folder is not None:
+        return _loading(data, lambda: datasets.load_dataset(folder, data.name))
     commit = _commit(data if revision is None else data.model_copy(update={"revision": revision}))
     if commit.online:
         return _loading(data, lambda: datasets.load_dataset(data.path, data.name, revision=commit.sha))
@@ -504,19 +512,23 @@ def _load_splits(data: HubData, revision: str | None) -> dict[str, Any]:
 def _load_cached(data: HubData, commit: hub.Commit) -> Any:
     """The dataset without a network: as datasets prepared this commit, else from its downloaded files."""
     import datasets
+    from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
     # <cache>/<owner>___<name>/<configuration>/<version>/<commit>, as the builders of datasets name it.
-    name = data.path.split("/")[-1]
-    root = Path(datasets.config.HF_DATASETS_CACHE)
-    for made in sorted(root.glob(f"*{name.lower()}*/{data.name or '*'}/*/{commit.sha}/dataset_info.json")):
-        configuration, version, sha = made.parts[-4:-1]
-        builder = Cache(
-            repo_id=data.path, dataset_name=name, config_name=configuration, version=version, hash=sha
-        )
-        builder.download_and_prepare()
-        return builder.as_dataset()
-    return datasets.load_dataset(str(commit.snapshot), data.name)
+    *owner, name = data.path.split("/")
+    root = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(name)])
+    made = sorted(root.glob(f"{data.name or '*'}/*/{commit.sha}/dataset_info.json"))
+    if not made:
+        return datasets.load_dataset(str(commit.snapshot), data.name)
+    if len(made) > 1:
+        raise ValueError(f"several configurations are cached: {', '.join(path.parts[-4] for path in made)}")
+    configuration, version, sha = made[0].parts[-4:-1]
+    builder = Cache(
+        repo_id=data.path, dataset_name=name, config_name=configuration, version=version, hash=sha
+    )
+    builder.download_and_prepare()
+    return builder.as_dataset()
 
 
 def _loading(data: HubData, load: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -369,6 +370,11 @@ def _place(model: HubModel | PathModel | GgufModel, revision: str | None) -> dic
             "trust_remote_code": trust,
             "local_files_only": True,
         }
+    if os.path.isdir(model.id):
+        raise ModelError(
+            f"{_where(model)} is also a folder here ({os.path.abspath(model.id)}), which transformers would "
+            "read instead of the hub; use model.source = path for the folder, or run from elsewhere"
+        )
     commit = _commit(model, revision)
     return {
         "pretrained_model_name_or_path": model.id,
