@@ -105,7 +105,7 @@ def history_panel(trials: pa.Table, objective: Objective) -> Panel:
         x=history["trial"],
         y=history["value"],
         mode="markers",
-        marker={"color": MUTED, "size": 8},
+        marker={"color": MUTED} | _point_size(len(history["trial"])),
         hovertext=_hover_texts(trials, history["trial"], objective),
         hoverinfo="text",
     )
@@ -170,7 +170,7 @@ def _dose_plot(column: str, axis: str, doses: list[Row], trials: pa.Table, objec
             x=[dose[column] for dose in group],
             y=[dose["value"] for dose in group],
             mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 9},
+            marker={"color": colour, "symbol": symbol} | _point_size(len(doses)),
             hovertext=_hover_texts(trials, [dose["trial"] for dose in group], objective),
             hoverinfo="text",
         )
@@ -350,6 +350,11 @@ def _add_baseline(figure: go.Figure, trials: pa.Table, objective: Objective, end
             line={"color": INK, "width": 1.5, "dash": "dash"},
             hovertemplate="%{y:." + str(MEASURES[objective.metric].digits) + "f}",
         )
+
+
+def _point_size(number: int) -> dict[str, float]:
+    # Hundreds of points would hide each other.
+    return {"size": 9} if number <= 100 else {"size": 6, "opacity": 0.7}
 
 
 def _log_ticks(low: float, high: float) -> dict[str, list[Any]]:
@@ -540,7 +545,7 @@ def _against_baseline(row: Row, baseline: Row | None, metric: str) -> float | No
 
 
 def _head(name: str, unit: str = "", *, number: bool = False) -> str:
-    label = html.escape(name).replace(".", ".<wbr>")
+    label = html.escape(name).replace(".", ".<wbr>").replace("_", '_<wbr class="fine">')
     small = f"<small>{html.escape(unit)}</small>" if unit else ""
     kind = ' class="number"' if number else ""
     button = f'<button type="button"><span>{label}</span>{small}</button>'
@@ -740,14 +745,16 @@ footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: .6rem; }
   th, td { padding: .2rem .25rem; }
-  th, th small { white-space: normal; overflow-wrap: anywhere; }
+  th, th small { white-space: normal; }
   .error { min-width: 8rem; }
 }
+@media screen { .fine { display: none; } }
 @media screen and (min-width: 65rem) {
   /* The table may be wider than the text. */
   section.table { width: min(80rem, 100vw - 5rem); margin-left: 50%; transform: translateX(-50%); }
 }
 :root.printing main { width: 44rem; padding: 0; }
+:root.printing .plot { height: 18rem; }
 """
 
 _SCRIPT = """
@@ -766,8 +773,9 @@ function draw(dark, onPaper) {
     // A finger that moves over a figure scrolls the page; a mouse zooms.
     if (matchMedia("(pointer: coarse)").matches) themed.layout.dragmode = false;
     // Resizing to the window comes too late for the printer: give the size outright.
-    if (onPaper) themed.layout.width = document.getElementById(id).clientWidth;
-    Plotly.react(id, themed.data, themed.layout, config);
+    const place = document.getElementById(id);
+    if (onPaper) Object.assign(themed.layout, { width: place.clientWidth, height: place.clientHeight });
+    Plotly.react(place, themed.data, themed.layout, config);
   }
 }
 draw(prefersDark.matches, false);
@@ -825,7 +833,7 @@ $panels
 <p class="note">Every trial of the study; a click on a header sorts by it. Losses are cross-entropy over the
 whole validation split; an empty cell is a value that the trial does not have.</p>
 </section>
-<footer>Made by raydisp from the Parquet files beside it, and from nothing else.</footer>
+<footer>Made by raydisp from the Parquet files and the study.yaml beside it, and from nothing else.</footer>
 </main>
 <script type="application/json" id="figures">$figures</script>
 <script type="application/json" id="dark">$dark</script>
