@@ -21,6 +21,7 @@ from raydisp.pairwise import (
     extreme_pair,
     pair_sum,
     product,
+    row_blocks,
     row_stripes,
     squared_product_sum,
 )
@@ -81,9 +82,12 @@ def _unit_backward(
     With u = z / (n + c), n = |z|: dz = (g - u (u . g) (n + c) / n) / (n + c). Where the floor holds, and at
     n = 0, u is z over a constant.
     """
-    along = torch.linalg.vecdot(unit, gradient).unsqueeze(-1)
-    along.mul_(divisors).div_(norms).masked_fill_(norms <= floor, 0)
-    gradient.addcmul_(unit, along, value=-1).mul_(scale[:, None, None] / divisors)
+    factors = scale[:, None, None] / divisors
+    ratios = (divisors / norms).masked_fill_(norms <= floor, 0)
+    for rows in row_blocks(gradient):
+        part, direction = gradient[:, rows], unit[:, rows]
+        along = (direction * part).sum(-1, keepdim=True).mul_(ratios[:, rows])
+        part.addcmul_(direction, along, value=-1).mul_(factors[:, rows])
 
 
 def _safe_log(sums: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 # 256 x 1024 keeps a CPU's matrix product near its peak and the elementwise passes inside its cache.
 CPU_ROWS = 256
 CPU_TILE = 256 * 1024
+CPU_BLOCK = 2**17
 # An accelerator wants few large kernels: 2^24 float32 entries are 64 MiB; a tile needs two or three of them.
 ACCELERATOR_ROWS = 1024
 ACCELERATOR_TILE = 2**24
@@ -38,7 +39,7 @@ def _tile_shape(x: Tensor) -> tuple[int, int]:
     """Rows and columns of a tile for x [B, L, F]; short sequences get fewer rows, to skip more symmetry."""
     length = x.shape[1]
     if x.device.type == "cpu":
-        rows = min(CPU_ROWS, max(64, length // 4))
+        rows = min(CPU_ROWS, max(128, length // 8))
         return rows, max(rows, CPU_TILE // rows)
     rows = min(ACCELERATOR_ROWS, length)
     return rows, max(rows, ACCELERATOR_TILE // (rows * x.shape[0]))
@@ -53,12 +54,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())  # half-precision products gain nothing on other devices
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where b may be in half precision; then a is rounded to it too."""
-    if b.dtype == total.dtype:
-        total.baddbmm_(a, b)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """total += factor * a @ b; if one of a and b is in half precision, the other is rounded to it too."""
+    if a.dtype == b.dtype == total.dtype:
+        total.baddbmm_(a, b, alpha=factor)
     else:
-        total += product(a.to(b.dtype), b)
+        narrow = a.dtype if b.dtype == total.dtype else b.dtype
+        total.add_(product(a.to(narrow), b.to(narrow)), alpha=factor)
 
 
 @dataclass
@@ -158,6 +160,8 @@ def pair_sum(
     factors = x if product_dtype is None else x.to(product_dtype)
     sums = x.new_zeros(x.shape[0])
     slope_sums = torch.zeros_like(x[..., 0]) if distances and gradient is not None else None
+    # x_i meets each x_j twice, as (i, j) and as (j, i); d|x_i - x_j|^2 = 2 (x_i - x_j) doubles that.
+    factor = -4.0 if distances else 2.0
     for tile in tiles(factors, distances=distances, weights=weights):
         values, slopes = function(tile, gradient is not None)
         sums += tile.total(values)
@@ -165,18 +169,14 @@ def pair_sum(
             continue
         beyond = slice(tile.columns.start + tile.diagonal, tile.columns.stop)
         mirrored = slopes[:, :, tile.diagonal :].mT
-        _add_product(gradient[:, tile.rows], slopes, factors[:, tile.columns])
+        _add_product(gradient[:, tile.rows], slopes, factors[:, tile.columns], factor)
         if beyond.start < beyond.stop:
-            _add_product(gradient[:, beyond], mirrored, factors[:, tile.rows])
+            _add_product(gradient[:, beyond], mirrored, factors[:, tile.rows], factor)
         if slope_sums is not None:
             slope_sums[:, tile.rows] += slopes.sum(2)
             slope_sums[:, beyond] += mirrored.sum(2)
-    if gradient is not None:
-        if slope_sums is None:
-            gradient.mul_(2)  # x_i meets each x_j twice, as (i, j) and as (j, i)
-        else:
-            # df(|x_i - x_j|^2) = 2 f' (x_i - x_j), and again twice
-            gradient.mul_(-4).addcmul_(slope_sums[..., None], factors.to(x.dtype), value=4)
+    if gradient is not None and slope_sums is not None:
+        gradient.addcmul_(slope_sums[..., None], factors.to(x.dtype), value=4)
     return sums
 
 
@@ -219,17 +219,16 @@ def squared_product_sum(
     gram = product(factors.mT, factors)
     squares = x.square().sum(-1)
     if gradient is not None:
-        _add_product_left(gradient, factors, gram)
-        gradient.addcmul_(squares[..., None], x, value=-1).mul_(4)
+        _add_product(gradient, factors, gram, 4.0)
+        gradient.addcmul_(squares[..., None], x, value=-4)
     return gram.square().sum((1, 2)) - squares.square().sum(1)
 
 
-def _add_product_left(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where a may be in half precision; then b is rounded to it too."""
-    if a.dtype == total.dtype:
-        total.baddbmm_(a, b)
-    else:
-        total += product(a, b.to(a.dtype))
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of the tokens of x [B, L, F] for elementwise passes over [B, T, F] that stay inside a CPU's cache."""
+    num_rows = max(1, CPU_BLOCK // x.shape[2]) if x.device.type == "cpu" else x.shape[1]
+    for start in range(0, x.shape[1], num_rows):
+        yield slice(start, min(start + num_rows, x.shape[1]))
 
 
 def row_stripes(x: Tensor) -> Iterator[slice]:
