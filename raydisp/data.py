@@ -16,9 +16,9 @@ import logging
 import os
 import queue
 import shutil
-import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -81,11 +81,10 @@ def prepare(trial: TrialConfig, cache_dir: str, progress: Callable[[int], Any] |
         return str(folder)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     _remove_abandoned(Path(cache_dir))
-    temporary = Path(tempfile.mkdtemp(prefix=f".making-{key[:16]}-", dir=cache_dir))
+    temporary = Path(cache_dir) / f".making-{key[:16]}-{uuid.uuid4().hex}"
+    temporary.mkdir()
     try:
         _make(trial, found, temporary, progress)
-        # mkdtemp is for its owner only; the finished folder is as readable as any other.
-        temporary.chmod(0o777 & ~_umask())
         # A folder without meta.json was emptied by hand; a whole one was made by another process just now.
         if folder.exists() and not (folder / "meta.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -340,12 +339,6 @@ class _BlockWriter:
         self.num_blocks += rows
         column = pa.FixedSizeListArray.from_arrays(pa.array(tokens[:used]), self._context_length)
         self._writer.write_batch(pa.record_batch([column], schema=self._schema))
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _remove_abandoned(cache_dir: Path) -> None:

@@ -396,9 +396,7 @@ def _pretrained_config(model: HubModel | PathModel | GgufModel, revision: str | 
 def _model_errors(model: ModelConfig, what: str = "model") -> Iterator[None]:
     try:
         yield
-    except ModelError:
-        raise
-    except MemoryError:
+    except (ModelError, MemoryError):
         raise
     # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError and the errors of
     # safetensors, gguf and pickle for files that are missing, cut short or of another kind.

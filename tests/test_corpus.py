@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -108,24 +106,6 @@ def test_no_docstring_is_in_two_documents(python_docs: list[tuple[str, str, str]
         # Docstrings are joined by an empty line; long paragraphs identify them.
         if name.startswith("docstrings/"):
             assert seen.setdefault(text, name) == name
-
-
-def test_python_docs_are_the_same_in_another_process() -> None:
-    data = PythonDocs(source="python_docs")
-    code = (
-        "from raydisp import corpus; from raydisp.config import PythonDocs;"
-        "print(corpus.open_corpus(PythonDocs(source='python_docs')).sha256)"
-    )
-    other = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = corpus.open_corpus(data)
-    assert other.stdout.strip() == found.sha256
-    assert found.python == ".".join(map(str, sys.version_info[:3]))
 
 
 # --- files --------------------------------------------------------------------------------------------
