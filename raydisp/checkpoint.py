@@ -1,8 +1,8 @@
 """Checkpoints of one trial: saved whole or not at all, the latest one kept.
 
-    <folder>/step-00000050/tensors.pt    model and optimizer; read with weights_only, so it runs no code
-                           state.json    everything else
-                           COMPLETE      written last: size and SHA-256 of the two files
+<folder>/step-00000050/tensors.pt    model and optimizer; read with weights_only, so it runs no code
+                       state.json    everything else
+                       COMPLETE      written last: size and SHA-256 of the two files
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CheckpointFolder:
                 results.delete_dir(results.join(self.location, f"step-{older:08d}"))
 
     def load_latest(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """The newest checkpoint that is whole, as (step, tensors on the CPU, state); None if there is none."""
+        """The newest checkpoint that is whole: (step, tensors on the CPU, state), or None."""
         for step in sorted(self._steps(), reverse=True):
             folder = results.join(self.location, f"step-{step:08d}")
             try:

@@ -403,16 +403,13 @@ class TrialConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> TrialConfig:
         train, context = self.train, self.data.context_length
-        if train.global_batch_tokens % context:
-            raise ValueError(
-                f"train.global_batch_tokens = {train.global_batch_tokens} is not a whole number of "
-                f"sequences of data.context_length = {context}; {_nearest_multiples(train.global_batch_tokens, context)}"
-            )
-        if train.micro_batch_tokens != "auto" and train.micro_batch_tokens % context:
-            raise ValueError(
-                f"train.micro_batch_tokens = {train.micro_batch_tokens} is not a whole number of "
-                f"sequences of data.context_length = {context}; {_nearest_multiples(train.micro_batch_tokens, context)}"
-            )
+        for name in ("global_batch_tokens", "micro_batch_tokens"):
+            tokens = getattr(train, name)
+            if tokens != "auto" and tokens % context:
+                raise ValueError(
+                    f"train.{name} = {tokens} is not a whole number of sequences of "
+                    f"data.context_length = {context}; {_nearest_multiples(tokens, context)}"
+                )
         if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < context:
             raise ValueError(
                 f"evaluate.max_tokens = {self.evaluate.max_tokens} is less than one sequence of "

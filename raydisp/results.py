@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import math
 import os
@@ -271,6 +272,21 @@ def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, p
     clean = {name: _null_if_not_finite(row.get(name)) for name in schema.names}
     name = f"{trial_name(row['trial'])}-attempt-{row['attempt']}.parquet"
     write_table(join(study_dir, "trials", name), pa.Table.from_pylist([clean], schema=schema))
+
+
+def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | None:
+    """The row of one attempt; None if it has not been written."""
+    filesystem, path = resolve(join(study_dir, "trials", f"{trial_name(trial)}-attempt-{attempt}.parquet"))
+    try:
+        with filesystem.open_input_file(path) as file:
+            return pq.ParquetFile(file).read().to_pylist()[0]
+    except FileNotFoundError:
+        return None
+
+
+def now() -> datetime.datetime:
+    """The present, in UTC, as rows have it."""
+    return datetime.datetime.now(tz=datetime.UTC)
 
 
 def _null_if_not_finite(value: Any) -> Any:

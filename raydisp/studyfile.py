@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         ConfigError: the file cannot be read, or it or an override says something that is not allowed.
     """
-    tree, lines = _read_yaml(Path(path))
-    overridden = [_apply_override(tree, text) for text in overrides]
-    source = _Source(str(path), lines, overridden)
+    return parse_study(_read_text(Path(path)), str(path), overrides)
+
+
+def parse_study(text: str, name: str, overrides: Sequence[str] = ()) -> StudyConfig:
+    """A study from the text of its file; `name` is what mistakes call the file. Raises as `load_study`."""
+    tree, lines = _parse_yaml(text, name)
+    overridden = [_apply_override(tree, override) for override in overrides]
+    source = _Source(name, lines, overridden)
     try:
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
@@ -65,6 +70,34 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def dump_study(study: StudyConfig) -> str:
     """The resolved study file, defaults included, as YAML that `load_study` reads back."""
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+EFFORT = ("output", "resources", "checkpoint")
+"""Parts of a study file that do not change what a trial finds."""
+
+
+def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
+    """The fields that change results and differ, each as `train.learning_rate (0.002 -> 0.003)`.
+
+    More trials continue a study, so `search.num_trials` may differ; parts in EFFORT may too.
+    """
+    trees = [study.model_dump(mode="json", exclude=set(EFFORT)) for study in (earlier, later)]
+    for tree in trees:
+        del tree["search"]["num_trials"], tree["train"]["micro_batch_tokens"]
+        # What it stands for counts, not how it is spelt: half of num_trials would change as they grow.
+        if tree["search"]["num_startup_trials"] is None:
+            del tree["search"]["num_startup_trials"]
+    flat = [dict(_leaves(tree, ())) for tree in trees]
+    paths = [path for path in {**flat[0], **flat[1]} if flat[0].get(path) != flat[1].get(path)]
+    return [f"{_dotted(path)} ({_shown(flat[0].get(path))} -> {_shown(flat[1].get(path))})" for path in paths]
+
+
+def _leaves(tree: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, (*at, key))
+    else:
+        yield at, tree
 
 
 class _Source:
@@ -85,9 +118,9 @@ class _Source:
         return self._path
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: there is no such file; give the path of a study file{_nearby(path)}"
@@ -102,13 +135,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     lines: dict[KeyPath, int] = {}
     try:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is not None:
-                _collect_lines(node, (), lines, path)
+                _collect_lines(node, (), lines, name)
             tree = loader.construct_document(node) if node is not None else None
         finally:
             loader.dispose()
@@ -116,34 +152,34 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         context = f" {error.context}" if error.context else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}{context}") from None
+        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem}{context}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         found = "empty" if tree is None else f"a {_kind(tree)}"
         raise ConfigError(
-            f"{path} is {found}; a study file is a mapping with the keys name, model, data, train and search"
+            f"{name} is {found}; a study file is a mapping with the keys name, model, data, train and search"
         )
     return tree, lines
 
 
-def _collect_lines(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Path) -> None:
+def _collect_lines(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], name: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in seen:
                 raise ConfigError(
-                    f'{path}:{line}: the key "{_dotted((*at, key))}" stands twice, first on line '
+                    f'{name}:{line}: the key "{_dotted((*at, key))}" stands twice, first on line '
                     f"{seen[key]}; keep one of them"
                 )
             seen[key] = line
             lines[(*at, key)] = line
-            _collect_lines(value_node, (*at, key), lines, path)
+            _collect_lines(value_node, (*at, key), lines, name)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*at, index)] = item.start_mark.line + 1
-            _collect_lines(item, (*at, index), lines, path)
+            _collect_lines(item, (*at, index), lines, name)
 
 
 def _nearby(path: Path) -> str:

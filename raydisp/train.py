@@ -87,7 +87,7 @@ def train(
     term = make_term(model, trial)
     wrapped = wrap_ddp(model, layout)
     optimizer = make_optimizer(model, trial.train)
-    micro = micro_batch_sequences(trial, layout, vocab_size=model.config.vocab_size)
+    micro = micro_batch_sequences(trial, layout, vocab_size=model_config(model).vocab_size)
     num_steps, tokens_per_step = trial.num_steps, trial.train.global_batch_tokens
     recent: collections.deque[float] = collections.deque(maxlen=max(1, num_steps // 10))
     first_step, earlier_s = 0, 0.0
@@ -346,7 +346,7 @@ def settings_in_use(
     The peak learning rate is read from the optimizer's defaults, which the schedule does not touch.
     """
     decayed = optimizer.param_groups[0]
-    config = unwrap(model).config
+    config = model_config(model)
     used: dict[str, Any] = {
         "num_layers": config.num_hidden_layers,
         "train.learning_rate": optimizer.defaults["lr"],
@@ -368,6 +368,12 @@ def settings_in_use(
             used[f"dispersion.{name}"] = getattr(term, name)
         used["dispersion.layers"] = list(term.layers)
     return used
+
+
+def model_config(model: nn.Module) -> Any:
+    """The Hugging Face configuration of the text model, wrapped or not."""
+    plain: Any = unwrap(model)
+    return plain.config.get_text_config()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -47,6 +47,8 @@ class Assignment:
     values: dict[str, Any]
     """Fields that differ from the study file: dotted name -> value."""
     gpus_per_worker: float
+    prepared: str
+    """Folder of the study's token blocks."""
     model_revision: str | None
     code_version: str
     packages: dict[str, str]
@@ -83,7 +85,8 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
         row.update(describe_failure(error, study))
     row["ended_at"] = _utc(time.time())
     results.write_trial(assignment.study_dir, row, searched)
-    _delete_checkpoints(assignment, row["status"])
+    # The trial has ended for good; only one that was interrupted goes on from its checkpoints.
+    results.delete_dir(results.join(assignment.study_dir, "checkpoints", assignment.name))
     return row
 
 
@@ -220,11 +223,13 @@ def train_share(
 
     if layout.device.type == "cpu":
         torch.set_num_threads(max(1, int(study.resources.cpus_per_worker)))
-    folder = data.prepare(trial, assignment.cache_dir)
+    # The study has made its data and pinned its model once; a trial that varies them makes its own.
+    varied = {name.split(".")[0] for name in assignment.values}
+    folder = assignment.prepared
+    if varied & {"data", "model"}:
+        folder = data.prepare(trial, assignment.cache_dir)
     meta = data.read_meta(folder)
-    # The study pinned its model once; a trial that searches over the model pins its own.
-    model_is_searched = any(name.startswith("model.") for name in assignment.values)
-    revision = models.resolve_revision(trial.model) if model_is_searched else assignment.model_revision
+    revision = models.resolve_revision(trial.model) if "model" in varied else assignment.model_revision
     model = models.build_model(
         trial.model,
         context_length=trial.data.context_length,
@@ -317,15 +322,9 @@ def _root_cause(error: BaseException) -> tuple[BaseException, str]:
     # When one worker stops, its peers fail in their collectives; those errors say nothing.
     ranked = sorted(
         zip(causes, traces, strict=True),
-        key=lambda pair: (not isinstance(pair[0], DivergedError), "torch.distributed" in pair[1].lower()),
+        key=lambda pair: (not isinstance(pair[0], DivergedError), "/torch/distributed/" in pair[1]),
     )
     return ranked[0] if ranked else (error, trace)
-
-
-def _delete_checkpoints(assignment: Assignment, status: str) -> None:
-    """A trial that has ended for good leaves none; only an interrupted one goes on from them."""
-    if status in ("completed", "diverged"):
-        results.delete_dir(results.join(assignment.study_dir, "checkpoints", assignment.name))
 
 
 def _utc(seconds: float) -> datetime.datetime:

@@ -1,0 +1,107 @@
+"""The start of a study on a running Ray: pin the model, make the data once, say which code it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+import raydisp
+from raydisp import results
+from raydisp.cluster import Node, plan_resources
+from raydisp.config import StudyConfig, TrialConfig
+from raydisp.errors import RaydispError
+from raydisp.search import Launch
+
+PACKAGES = (
+    "torch",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "optuna",
+    "pyarrow",
+    "numpy",
+    "pydantic",
+)
+"""Whose versions stand on every row."""
+
+
+def prepare_launch(
+    study: StudyConfig, study_dir: str, nodes: Sequence[Node], address: str | None, *, quiet: bool
+) -> Launch:
+    """Everything that the trials of a study share.
+
+    Raises:
+        RaydispError: the machines, the model or the data do not allow it.
+    """
+    from raydisp.models import resolve_revision
+
+    where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}" if len(nodes) > 1 else "Ray"
+    plan = plan_resources(study, nodes, where=where)
+    cache_dir = results.join(study.output, "cache")
+    if "://" not in cache_dir:
+        cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
+    revision = resolve_revision(study.model)
+    return Launch(
+        study=study,
+        study_dir=study_dir,
+        cache_dir=cache_dir,
+        working_dir=os.getcwd(),
+        prepared=_prepare_data(study.trial, cache_dir, quiet=quiet),
+        model_revision=revision,
+        code_version=code_version(),
+        packages=package_versions(),
+        plan=plan,
+    )
+
+
+def _prepare_data(trial: TrialConfig, cache_dir: str, *, quiet: bool) -> str:
+    """Make the token blocks in a Ray task, or find them; returns their folder."""
+    task = ray.remote(num_cpus=1, max_retries=0)(_prepare)
+    found = ray.get(task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd(), show=not quiet))
+    if isinstance(found, RaydispError):
+        raise found
+    return found
+
+
+def _prepare(trial: dict[str, object], cache_dir: str, working_dir: str, *, show: bool) -> str | RaydispError:
+    from raydisp.data import prepare
+
+    if os.path.isdir(working_dir):
+        os.chdir(working_dir)
+    try:
+        return prepare(TrialConfig.model_validate(trial), cache_dir)
+    except RaydispError as error:
+        return error  # as a value: Ray would wrap it in an error of its own
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a trial computes."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def code_version() -> str:
+    """raydisp's version, with the commit where it runs from a checkout: `0.1.0+g1a2b3c4.dirty`."""
+    root = Path(raydisp.__file__).parent.parent
+    if not (root / ".git").exists():
+        return raydisp.__version__
+    try:
+        commit = _git(root, "rev-parse", "--short=7", "HEAD")
+        dirty = ".dirty" if _git(root, "status", "--porcelain", "--", "raydisp") else ""
+    except (OSError, subprocess.CalledProcessError):
+        return raydisp.__version__
+    return f"{raydisp.__version__}+g{commit}{dirty}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout.strip()

@@ -1,0 +1,205 @@
+"""What a study is going to do, found out before anything starts or is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raydisp.agenda import Agenda, read_agenda
+from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
+from raydisp.config import Range, StudyConfig
+from raydisp.corpus import CorpusSummary
+from raydisp.data import check_data
+from raydisp.errors import ConfigError
+from raydisp.layers import resolve_layers
+from raydisp.models import ModelSummary, check_model, model_summary
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """The plan of a study on the machines that it will run on."""
+
+    study: StudyConfig
+    study_dir: str
+    agenda: Agenda
+    model: ModelSummary
+    corpus: CorpusSummary
+    resources: Plan | None
+    """None where a cluster is joined: it is asked when the study starts."""
+
+    def headline(self) -> str:
+        """One line: what is about to run."""
+        study = self.study
+        return (
+            f"{study.name}: {self.agenda.num_trials} trials to run ({study.search.num_trials} search trials "
+            f"and the baseline in all), {study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, "
+            f"{self.model.num_parameters / 1e6:.1f} M parameters."
+        )
+
+    @property
+    def _tokens_per_trial(self) -> int:
+        return self.study.num_steps * self.study.train.global_batch_tokens
+
+    def describe(self) -> str:
+        """The plan in full, for --dry-run."""
+        study, search = self.study, self.study.search
+        lines = [
+            ("study", f"{study.name} -> {self.study_dir}"),
+            ("model", self._describe_model()),
+            ("data", self._describe_corpus()),
+            ("trials", self._describe_trials()),
+            ("training", self._describe_training()),
+            ("dispersion", self._describe_dispersion()),
+            (
+                "search",
+                f"{search.sampler} on {search.objective.metric} ({search.objective.mode}), seed {study.seed}"
+                + (f", the first {search.startup_trials} at random" if search.sampler == "tpe" else ""),
+            ),
+            *[("", f"{name}: {_dimension(value)}") for name, value in search.space.items()],
+            (
+                "resources",
+                self.resources.describe()
+                if self.resources
+                else "of the cluster, asked when the study starts",
+            ),
+            ("disk", self._describe_disk()),
+        ]
+        warnings = self.warnings()
+        lines += [("warning" if index == 0 else "", text) for index, text in enumerate(warnings)]
+        lines.append(("", "Dry run: nothing was started or written."))
+        return "\n".join(f"{name:<11}{text}" for name, text in lines)
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant."""
+        search = self.study.search
+        found = []
+        if search.sampler == "tpe" and search.startup_trials >= search.num_trials:
+            found.append(
+                f"search.num_startup_trials = {search.startup_trials} leaves TPE none of the "
+                f"{search.num_trials} trials: the whole search is random"
+            )
+        concurrent = self.resources.max_concurrent_trials if self.resources else 0
+        if search.sampler == "tpe" and search.startup_trials < concurrent:
+            found.append(
+                f"{concurrent} trials run at a time and only the first {search.startup_trials} are meant to "
+                "be random, but the first wave cannot learn from any result: all of it is as good as random"
+            )
+        changing = [name for name in search.space if name.startswith("data.") or name == "model.vocab_size"]
+        if changing and search.objective.metric in ("val_loss", "val_perplexity", "train_loss"):
+            found.append(
+                f"{', '.join(changing)} changes what a token is or sees, so {search.objective.metric} does "
+                "not compare between trials; val_bits_per_byte compares across tokenizers"
+            )
+        return found
+
+    def _describe_model(self) -> str:
+        model, sizes = self.study.model, self.model
+        origin = {
+            "scratch": lambda: f"{getattr(model, 'family', '')} from scratch",
+            "hub": lambda: f"{getattr(model, 'id', '')} from the hub",
+        }.get(model.source, lambda: str(getattr(model, "path", "")))()
+        return (
+            f"{origin}: {sizes.num_parameters:,} parameters, {sizes.num_layers} layers, "
+            f"{sizes.hidden_size} features, vocabulary {sizes.vocab_size:,}"
+        )
+
+    def _describe_corpus(self) -> str:
+        corpus = self.corpus
+        parts = [corpus.source]
+        if corpus.num_documents is not None:
+            parts.append(f"{corpus.num_documents:,} documents")
+        if corpus.num_bytes is not None:
+            parts.append(f"{corpus.num_bytes / 1e6:.2f} MB")
+        if corpus.splits is not None:
+            shares = [f"{name} {split.num_bytes / 1e6:.2f} MB" for name, split in corpus.splits.items()]
+            parts.append(f"({', '.join(shares)})")
+        return (
+            ", ".join(parts).replace(", (", " (") + f"; sequences of {self.study.data.context_length} tokens"
+        )
+
+    def _describe_trials(self) -> str:
+        agenda = self.agenda
+        text = f"{self.study.search.num_trials} search trials + 1 baseline (dispersion.weight 0)"
+        if agenda.finished or agenda.resumed:
+            text += (
+                f"; {len(agenda.finished)} done, {len(agenda.resumed)} to go on, {agenda.num_trials} to run"
+            )
+        total = agenda.num_trials * self._tokens_per_trial
+        return f"{text}; {total:,} training tokens to come"
+
+    def _describe_training(self) -> str:
+        study, train = self.study, self.study.train
+        return (
+            f"{study.num_steps:,} steps x {train.global_batch_tokens:,} tokens "
+            f"({study.sequences_per_step} sequences) = {self._tokens_per_trial:,} tokens per trial; peak "
+            f"learning rate {train.learning_rate:g}, {train.strategy}, precision {train.precision}"
+        )
+
+    def _describe_dispersion(self) -> str:
+        settings = self.study.dispersion
+        layers = resolve_layers(settings.layers, self.model.num_layers)
+        return (
+            f"{settings.variant}, weight {settings.weight:g}, temperature {settings.temperature:g}, layers "
+            f"{settings.layers} ({', '.join(map(str, layers))}), clamp {settings.clamp:g}"
+        )
+
+    def _describe_disk(self) -> str:
+        study = self.study
+        evaluations = 2 + (study.num_steps // (study.steps_between(study.evaluate.every_tokens) or 10**18))
+        # Measured: a step row compresses to about 60 bytes, a layer row with its histogram to about 400.
+        per_trial = 20_000 + 60 * study.num_steps + 400 * evaluations * (self.model.num_layers + 1)
+        rows = per_trial * (study.search.num_trials + 1)
+        text = f"results about {_size(rows + 6_000_000)}"  # the report carries its plotting library
+        if self.corpus.num_bytes:
+            text += f", token blocks about {_size(self.corpus.num_bytes // 2)}"
+        if study.checkpoint.every_tokens is not None:
+            running = self.resources.max_concurrent_trials if self.resources else 1
+            # float32 weights and two Adam moments; a new checkpoint stands beside the old one for a moment.
+            each = 12 * self.model.num_parameters
+            text += f", checkpoints at most {_size(2 * each * running)} at a time ({_size(each)} each)"
+        return text
+
+
+def make_plan(study: StudyConfig, study_dir: str, address: str | None) -> StudyPlan:
+    """Check everything that can be checked without starting Ray, and plan the study.
+
+    Raises:
+        RaydispError: data, model or machines do not allow it.
+    """
+    resources = None
+    if not joins_cluster(address):
+        resources = plan_resources(study, [this_machine()], where="this machine")
+    check_model(study.model, study.data.context_length)
+    model = model_summary(study.model, study.data.context_length)
+    _check_layers(study, model)
+    corpus = check_data(study.trial)
+    return StudyPlan(study, study_dir, read_agenda(study, study_dir), model, corpus, resources)
+
+
+def _check_layers(study: StudyConfig, model: ModelSummary) -> None:
+    """Layer numbers of a pretrained model, whose depth the study file does not tell."""
+    dimension = study.search.space.get("dispersion.layers", [])
+    places = [("dispersion.layers", study.dispersion.layers)]
+    if isinstance(dimension, list) and "model.num_layers" not in study.search.space:
+        places += [(f'search.space["dispersion.layers"][{i}]', choice) for i, choice in enumerate(dimension)]
+    for place, choice in places:
+        try:
+            resolve_layers(choice, model.num_layers)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}") from None
+
+
+def _dimension(dimension: Range | list[object]) -> str:
+    if isinstance(dimension, Range):
+        text = f"{dimension.low:g} to {dimension.high:g}"
+        if dimension.log:
+            text += ", logarithmic"
+        return text + (f", in steps of {dimension.step:g}" if dimension.step is not None else "")
+    return f"one of {', '.join(map(str, dimension))}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
