@@ -7,6 +7,7 @@ not, everything that follows is read with `local_files_only` or from folders of 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
@@ -83,8 +84,8 @@ def resolve(
         ) from None
     except hf_errors.RepositoryNotFoundError:
         raise error(
-            f"{where} is neither a local folder nor a {repo_type} that the hub knows; check the spelling, "
-            "and for a private one log in (`hf auth login`) or set HF_TOKEN"
+            f"{where} is not a {repo_type} that the hub knows; check the spelling, and for a private one "
+            "log in (`hf auth login`) or set HF_TOKEN"
         ) from None
     except hf_errors.RevisionNotFoundError:
         raise error(
@@ -104,6 +105,7 @@ def resolve(
         return Commit(found.name, online=False, snapshot=found)
     if info.sha is None:
         raise error(f"{where}{at}: the hub names no commit for it; give a commit as its revision")
+    _remember(repo_id, revision, repo_type, info.sha)
     return Commit(info.sha, online=True, snapshot=_in_cache(repo_id, info.sha, repo_type))
 
 
@@ -113,10 +115,26 @@ def one_line(problem: BaseException) -> str:
     return (lines[0] if lines else type(problem).__name__)[:200].rstrip(".")
 
 
-def _in_cache(repo_id: str, revision: str | None, repo_type: str) -> Path | None:
+def _cache_folder(repo_id: str, repo_type: str) -> Path:
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *repo_id.split("/")])
+    return Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *repo_id.split("/")])
+
+
+def _remember(repo_id: str, revision: str | None, repo_type: str, sha: str) -> None:
+    # As huggingface_hub does when it downloads by name. We download by commit, which leaves no trace of the
+    # name, and a later run without a network could not tell what it meant.
+    if revision == sha:
+        return
+    reference = _cache_folder(repo_id, repo_type) / "refs" / (revision or "main")
+    with contextlib.suppress(OSError):
+        if not reference.is_file() or reference.read_text() != sha:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(sha)
+
+
+def _in_cache(repo_id: str, revision: str | None, repo_type: str) -> Path | None:
+    folder = _cache_folder(repo_id, repo_type)
     snapshots = folder / "snapshots"
     if revision is not None and _COMMIT.fullmatch(revision):
         sha = revision
@@ -124,13 +142,13 @@ def _in_cache(repo_id: str, revision: str | None, repo_type: str) -> Path | None
         try:
             sha = (folder / "refs" / (revision or "main")).read_text().strip()
         except OSError:
-            # A download by commit writes no reference to the branch.
+            # Downloaded by commit, which leaves no reference to the branch.
             commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
             if revision is not None or len(commits) != 1:
                 return None
             sha = commits[0]
     snapshot = snapshots / sha
-    return snapshot if snapshot.is_dir() else None
+    return snapshot if _COMMIT.fullmatch(sha) and snapshot.is_dir() else None
 
 
 def _within(timeout_s: float, call: Callable[[], _T]) -> _T:
