@@ -148,7 +148,30 @@ def _product_dtype(hidden: Tensor) -> torch.dtype | None:
     return None if hidden.dtype == torch.float32 else hidden.dtype
 
 
-def _check(hidden: Tensor, mask: Tensor | None, temperature: float, clamp: float, margin: float) -> None:
+def check_settings(
+    variant: str,
+    *,
+    temperature: float = 1.0,
+    clamp: float = 0.1,
+    margin: float = 0.5,
+    max_tokens: int | None = None,
+) -> None:
+    """Raise ValueError for an unknown variant or a setting out of range; for use before there are tensors."""
+    if variant not in VARIANTS:
+        raise ValueError(
+            f'variant = "{variant}" is not one of {", ".join(VARIANTS)}.' + suggest(variant, VARIANTS)
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature = {temperature} must be a finite number above 0.")
+    if not 0 < clamp < 1:
+        raise ValueError(f"clamp = {clamp} must lie between 0 and 1, both excluded.")
+    if not 0 < margin <= 1:
+        raise ValueError(f"margin = {margin} must lie above 0 and be at most 1, in units of 180 degrees.")
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens = {max_tokens} must be at least 2, or None for all tokens.")
+
+
+def _check_tensors(hidden: Tensor, mask: Tensor | None) -> None:
     if hidden.dim() != 3:
         raise ValueError(
             f"hidden has shape {list(hidden.shape)}; it must be [B, L, F] (sequences, tokens, features)."
@@ -164,12 +187,6 @@ def _check(hidden: Tensor, mask: Tensor | None, temperature: float, clamp: float
         raise ValueError(f"hidden has F = {num_features} features; dispersion needs at least two.")
     if mask is not None and mask.shape != hidden.shape[:2]:
         raise ValueError(f"mask has shape {list(mask.shape)}; it must be [B, L] = {list(hidden.shape[:2])}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature = {temperature} must be a finite number above 0.")
-    if not 0 < clamp < 1:
-        raise ValueError(f"clamp = {clamp} must lie between 0 and 1, both excluded.")
-    if not 0 < margin <= 1:
-        raise ValueError(f"margin = {margin} must lie above 0 and be at most 1, in units of 180 degrees.")
 
 
 def _loss(
@@ -181,7 +198,8 @@ def _loss(
     clamp: float = 0.1,
     margin: float = 0.5,
 ) -> Tensor:
-    _check(hidden, mask, temperature, clamp, margin)
+    check_settings(variant, temperature=temperature, clamp=clamp, margin=margin)
+    _check_tensors(hidden, mask)
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad
     values, _ = _sequence_losses(
         hidden,
@@ -355,26 +373,21 @@ def dispersion_loss(
         max_tokens: >= 2; of more tokens than that, so many positions are drawn, the same for all sequences.
             None uses every token.
         mask: [B, L], applied to the drawn positions.
-        generator: what the positions are drawn from; None is torch's global generator.
+        generator: what the positions are drawn from; None is torch's global generator, the only one that
+            `torch.compile` can trace without a graph break.
     Returns:
         Scalar, mean over the sequences that have two usable tokens.
     Raises:
         ValueError: an unknown variant or an argument out of range.
     """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f'variant = "{variant}" is not one of {", ".join(VARIANTS)}.' + suggest(variant, VARIANTS)
-        )
-    _check(hidden, mask, temperature, clamp, margin)
-    if max_tokens is not None:
-        if max_tokens < 2:
-            raise ValueError(f"max_tokens = {max_tokens} must be at least 2, or None for all tokens.")
-        if max_tokens < hidden.shape[1]:
-            device = hidden.device if generator is None else generator.device
-            positions = torch.randperm(hidden.shape[1], generator=generator, device=device)[:max_tokens]
-            positions = positions.to(hidden.device)
-            hidden = hidden.index_select(1, positions)
-            mask = None if mask is None else mask.index_select(1, positions)
+    check_settings(variant, temperature=temperature, clamp=clamp, margin=margin, max_tokens=max_tokens)
+    _check_tensors(hidden, mask)
+    if max_tokens is not None and max_tokens < hidden.shape[1]:
+        device = hidden.device if generator is None else generator.device
+        positions = torch.randperm(hidden.shape[1], generator=generator, device=device)[:max_tokens]
+        positions = positions.to(hidden.device)
+        hidden = hidden.index_select(1, positions)
+        mask = None if mask is None else mask.index_select(1, positions)
     settings = {"temperature": temperature, "clamp": clamp, "margin": margin}
     chosen = VARIANTS[variant]
     return chosen(hidden, mask=mask, **{name: settings[name] for name in chosen.settings})
