@@ -120,7 +120,7 @@ def angular_spread(batch: Batch) -> Tensor:
         slopes = _angle_slopes(cosines, tile.scratch()) if with_slopes else None
         values = cosines.acos_().mul_(-rate)
         if shift is not None:
-            values.add_(shift[:, None, None])
+            values.add_(shift[:, None, None]).clamp_max_(0)  # pairs left out may exceed it
         tile.leave_out(values.exp2_())
         return values, slopes.mul_(values) if slopes is not None else None
 
@@ -248,7 +248,7 @@ def uniformity(batch: Batch) -> Tensor:
     def potential(tile: Tile, with_slopes: bool) -> tuple[Tensor, Tensor | None]:
         values = tile.entries.mul_(-rate)
         if shift is not None:
-            values.add_(shift[:, None, None])
+            values.add_(shift[:, None, None]).clamp_max_(0)  # pairs left out may exceed it
         tile.leave_out(values.exp2_())
         return values, values
 

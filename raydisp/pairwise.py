@@ -225,7 +225,7 @@ def squared_product_sum(
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the tokens of x [B, L, F] for elementwise passes over [B, T, F] that stay inside a CPU's cache."""
+    """Slices of the tokens of x [B, L, F] for elementwise passes that stay inside a CPU's cache."""
     num_rows = max(1, CPU_BLOCK // x.shape[2]) if x.device.type == "cpu" else x.shape[1]
     for start in range(0, x.shape[1], num_rows):
         yield slice(start, min(start + num_rows, x.shape[1]))
