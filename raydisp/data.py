@@ -126,8 +126,8 @@ def check_data(trial: TrialConfig) -> CorpusSummary:
 def read_meta(prepared: str) -> dict[str, Any]:
     """`meta.json` of a folder that `prepare` returned.
 
-    Keys: format, data_sha256, source, python_version, revision, context_length, vocab_size, eos_token_id,
-    tokenizer, num_files, files ([path, bytes], the first 100) and splits: split -> num_documents, num_bytes
+    Keys: format, data_sha256, source, python_version, revision, context_length, vocab_size (ids that the
+    tokenizer has, at most those of the model), eos_token_id, tokenizer (in words), num_files, files ([path, bytes], the first 100) and splits: split -> num_documents, num_bytes
     (UTF-8 text), num_tokens (end-of-text and the dropped remainder included), num_blocks.
     """
     meta: dict[str, Any] = json.loads((Path(prepared) / "meta.json").read_text())
@@ -444,9 +444,7 @@ def batch_indices(num_blocks: int, seed: int, step: int, sequences_per_step: int
 def _permutation(num_blocks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     # RandomState rather than Generator: its streams are frozen for good (NEP 19), so the order that a result
     # was made with does not change with numpy.
-    order = np.random.RandomState([seed, epoch]).permutation(num_blocks)
-    order.flags.writeable = False
-    return order
+    return np.random.RandomState([seed, epoch]).permutation(num_blocks)
 
 
 def load_batch(

@@ -100,12 +100,32 @@ def test_python_docs_are_large_enough_in_every_split(python_docs: list[tuple[str
     assert min(sizes["validation"], sizes["test"]) > 4 * 8192
 
 
-def test_no_docstring_is_in_two_documents(python_docs: list[tuple[str, str, str]]) -> None:
-    seen: dict[str, str] = {}
-    for _, name, text in python_docs:
-        # Docstrings are joined by an empty line; long paragraphs identify them.
-        if name.startswith("docstrings/"):
-            assert seen.setdefault(text, name) == name
+def test_python_docs_of_a_library_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b.py").write_text(
+        '"""Module b."""\n\nclass C:\n    """Class C."""\n\n    def f(self):\n        """Shared."""\n'
+        'if True:\n    async def g():\n        """Under a condition."""\n\nraise SystemExit("imported")\n'
+    )
+    (tmp_path / "a.py").write_text('def f():\n    """Shared."""\n\ndef g():\n    """Shared."""\n')
+    (tmp_path / "broken.py").write_text("def {{ template }}")
+    (tmp_path / "half.py").write_text('"""Half a pair: \\ud800."""\n')
+    for skipped in ("test", "encodings", "site-packages"):
+        (tmp_path / skipped).mkdir()
+        (tmp_path / skipped / "x.py").write_text('"""Not prose of the library."""\n')
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    corpus._python_documents.cache_clear()
+    try:
+        found = dict(corpus.documents(PythonDocs(source="python_docs")))
+        for path in tmp_path.glob("*.py"):
+            path.unlink()
+        corpus._python_documents.cache_clear()
+        with pytest.raises(DataError, match="needs the sources of the standard library"):
+            corpus.describe(PythonDocs(source="python_docs"))
+    finally:
+        corpus._python_documents.cache_clear()
+    assert {name: text for name, text in found.items() if not name.startswith("topic/")} == {
+        "docstrings/a.py": "Shared.",
+        "docstrings/b.py": "Module b.\n\nClass C.\n\nUnder a condition.",
+    }
 
 
 # --- files --------------------------------------------------------------------------------------------
