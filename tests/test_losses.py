@@ -149,7 +149,7 @@ def test_comparison_losses_equal_a_slow_loop(variant: str, shape: tuple[int, int
 def loop_straight_through(
     rows: Tensor, variant: str, clamp: float, temperature: float, margin: float
 ) -> Tensor:
-# ---------------------------------------------------------------- the contract, kept by every variant
+    """Pair by pair: the value at the limited cosine, and the slope of arccos there."""
     unit = rows / (rows.norm(dim=-1, keepdim=True) + 0.01)
     terms = []
     for i, j in loop_pairs(rows):
