@@ -127,8 +127,9 @@ def read_meta(prepared: str) -> dict[str, Any]:
     """`meta.json` of a folder that `prepare` returned.
 
     Keys: format, data_sha256, source, python_version, revision, context_length, vocab_size (ids that the
-    tokenizer has, at most those of the model), eos_token_id, tokenizer (in words), num_files, files ([path, bytes], the first 100) and splits: split -> num_documents, num_bytes
-    (UTF-8 text), num_tokens (end-of-text and the dropped remainder included), num_blocks.
+    tokenizer has, at most those of the model), eos_token_id, tokenizer (in words), num_files, files ([path,
+    bytes], the first 100) and splits: split -> num_documents, num_bytes (UTF-8 text), num_tokens (end-of-text
+    and the dropped remainder included), num_blocks.
     """
     meta: dict[str, Any] = json.loads((Path(prepared) / "meta.json").read_text())
     return meta
