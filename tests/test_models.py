@@ -16,7 +16,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from raydisp import models
+from raydisp import hub, models
 from raydisp.config import GgufModel, HubModel, ModelConfig, PathModel, ScratchModel
 from raydisp.errors import ModelError
 
@@ -454,6 +454,18 @@ def test_a_model_that_is_nowhere_is_told_within_seconds(no_network: Path) -> Non
             attempt(hub_model("no-one/nothing"), 8)
     with pytest.raises(ModelError, match="not a name that the hub allows"):
         models.check_model(hub_model("no/such/name"), 8)
+    assert time.monotonic() - started < 10
+
+
+def test_a_hub_that_never_answers_is_given_up(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    # As with a dead name server, whose look-up no timeout of a request covers.
+    monkeypatch.setattr(HfApi, "repo_info", lambda *args, **kwargs: time.sleep(20))
+    monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 0.2)
+    started = time.monotonic()
+    with pytest.raises(ModelError, match=r"does not answer \(TimeoutError: no answer within 0\.2 s\)"):
+        models.check_model(hub_model("no-one/nothing"), 8)
     assert time.monotonic() - started < 10
 
 
