@@ -206,7 +206,8 @@ def cosine_quantiles(histogram: Tensor, probabilities: Sequence[float] = (0.05, 
     cumulative = histogram.double().cumsum(-1)
     total = cumulative[..., -1:]
     targets = total * torch.tensor(list(probabilities), dtype=torch.float64, device=histogram.device)
-    bins = torch.searchsorted(cumulative, targets).clamp_(max=histogram.shape[-1] - 1)
+    # A target of 0 belongs to the first bin that holds anything; counts are whole numbers.
+    bins = torch.searchsorted(cumulative, targets.clamp_min(0.5)).clamp_(max=histogram.shape[-1] - 1)
     inside = histogram.double().gather(-1, bins)
     below = cumulative.gather(-1, bins) - inside
     quantiles = -1 + 2 / histogram.shape[-1] * (bins + (targets - below) / inside.clamp_min(1))
@@ -297,9 +298,7 @@ class CondensationAccumulator:
         """Add one batch: per layer [B, L, F], and mask [B, L] as in `layer_cosine`."""
         layers = _layer_list(hidden_states)
         if len(layers) != len(self._sums):
-            raise ValueError(
-                f"{len(layers)} hidden states were given; this accumulator counts {len(self._sums)}."
-            )
+            raise ValueError(f"Got {len(layers)} hidden states; this accumulator counts {len(self._sums)}.")
         num_bins = self._histogram.shape[1]
         for number, hidden in enumerate(layers):
             sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
