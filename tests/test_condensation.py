@@ -50,7 +50,7 @@ def cosine_matrix(rows: Tensor) -> Tensor:
     return (unit @ unit.T).clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------- the means and their trend
+# ---------------------------------------------------------------------- the means and their trend
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -132,7 +132,7 @@ def test_the_mean_at_8192_tokens_needs_no_square_matrix() -> None:
     assert mean.item() == pytest.approx(sum(blocks).item() / 8192**2, rel=1e-5)  # float32 sums
 
 
-# ------------------------------------------------------------------------------------ histograms and quantiles
+# ---------------------------------------------------------------------- histograms and quantiles
 
 
 @pytest.mark.parametrize("length", [9, 256, 300, 513])
@@ -177,7 +177,7 @@ def test_quantiles_are_good_to_a_bin() -> None:
     assert cosine_quantiles(torch.tensor([0, 4, 0, 0]), (0.0, 0.5, 1.0)).tolist() == [-0.5, -0.25, 0.0]
 
 
-# ----------------------------------------------------------------------------------------------- effective rank
+# ---------------------------------------------------------------------- effective rank
 
 
 def test_effective_rank_equals_that_of_the_singular_values() -> None:
@@ -211,7 +211,7 @@ def test_effective_rank_keeps_small_directions_beside_a_dominant_one() -> None:
     assert effective_rank(rows[None, None]).item() == pytest.approx(expected, rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- depth and layers
+# ---------------------------------------------------------------------- depth and layers
 
 
 def test_trend_is_none_where_it_is_undefined() -> None:
@@ -231,7 +231,7 @@ def test_last_half_of_one_state_is_that_state() -> None:
     assert last_layers_mean([1.0, 3.0], "half") == 2.0
 
 
-# ------------------------------------------------------------------------------------------------- accumulation
+# ---------------------------------------------------------------------- accumulation
 
 
 def test_accumulator_equals_the_functions() -> None:
@@ -296,7 +296,7 @@ def test_an_empty_accumulator_measures_nothing() -> None:
     assert result.spearman is None
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

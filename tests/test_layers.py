@@ -54,7 +54,7 @@ def input_ids(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-# ------------------------------------------------------------------------------- the choice
+# ---------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_choosing_layers_does_not_import_torch() -> None:
     assert result.stdout.strip() == "False"
 
 
-# ------------------------------------------------------------------------------- the captures
+# ---------------------------------------------------------------------- the captures
 
 
 def caught(model: nn.Module, layers: list[int], **inputs: Any) -> dict[int, torch.Tensor]:
