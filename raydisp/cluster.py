@@ -64,8 +64,8 @@ def plan_resources(study: StudyConfig, nodes: Sequence[Node], *, where: str) -> 
             needs += f" and {_count(wanted.num_workers * gpus, 'GPU')}"
             has += f" and {_count(sum(node.gpus for node in nodes), 'GPU')}"
         raise ResourceError(
-            f"resources: a trial of {wanted.num_workers} worker(s) needs {needs}, and {where} offers {has}, "
-            f"which is room for {slots} worker(s); lower resources.num_workers, cpus_per_worker or gpus_per_worker, "
+            f"resources: a trial of {wanted.num_workers} worker(s) needs {needs}, and {where} offers "
+            f"{has}, which is room for {slots} worker(s); lower resources.num_workers, cpus_per_worker or gpus_per_worker, "
             "or use more machines (--address)"
         )
     fitting = slots // wanted.num_workers

@@ -28,21 +28,21 @@ ACCELERATOR_TILE = 2**24
 
 
 def sequences_at_once(hidden: Tensor) -> int:
-    """How many sequences of [B, L, F] to take together: one on a CPU, as many as a tile holds elsewhere."""
-    if hidden.device.type == "cpu":
-        return 1
+    """How many sequences of [B, L, F] to take together: as many as a tile holds whole, at least one."""
     length = hidden.shape[1]
+    if hidden.device.type == "cpu":
+        return max(1, CPU_TILE // length**2)
     return max(1, ACCELERATOR_TILE // (min(length, ACCELERATOR_ROWS) * length))
 
 
 def _tile_shape(x: Tensor) -> tuple[int, int]:
     """Rows and columns of a tile for x [B, L, F]; short sequences get fewer rows, to skip more symmetry."""
-    length = x.shape[1]
+    batch, length, _ = x.shape
     if x.device.type == "cpu":
-        rows = min(CPU_ROWS, max(128, length // 8))
-        return rows, max(rows, CPU_TILE // rows)
+        rows = min(CPU_ROWS, max(CPU_ROWS // 2, length // 8))
+        return rows, max(rows, CPU_TILE // (rows * batch))
     rows = min(ACCELERATOR_ROWS, length)
-    return rows, max(rows, ACCELERATOR_TILE // (rows * x.shape[0]))
+    return rows, max(rows, ACCELERATOR_TILE // (rows * batch))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def squared_product_sum(
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
     """Slices of the tokens of x [B, L, F] for elementwise passes that stay inside a CPU's cache."""
-    num_rows = max(1, CPU_BLOCK // x.shape[2]) if x.device.type == "cpu" else x.shape[1]
+    num_rows = max(1, CPU_BLOCK // (x.shape[0] * x.shape[2])) if x.device.type == "cpu" else x.shape[1]
     for start in range(0, x.shape[1], num_rows):
         yield slice(start, min(start + num_rows, x.shape[1]))
 

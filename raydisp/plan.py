@@ -11,7 +11,7 @@ from raydisp.corpus import CorpusSummary
 from raydisp.data import check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
-from raydisp.models import ModelSummary, check_model, model_summary
+from raydisp.models import ModelSummary, model_summary
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,6 @@ def make_plan(study: StudyConfig, study_dir: str, address: str | None) -> StudyP
     resources = None
     if not joins_cluster(address):
         resources = plan_resources(study, [this_machine()], where="this machine")
-    check_model(study.model, study.data.context_length)
     model = model_summary(study.model, study.data.context_length)
     _check_layers(study, model)
     corpus = check_data(study.trial)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raydisp import results, space
-from raydisp.config import StudyConfig, TrialConfig, replace_fields
+from raydisp.config import ScratchModel, StudyConfig, TrialConfig, replace_fields, with_fields
 from raydisp.errors import DivergedError
 from raydisp.layers import resolve_layers
 
@@ -74,7 +74,6 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     row = blank_row(assignment, study, started)
     try:
         trial = replace_fields(study.trial, assignment.values)
-        row["config_json"] = json.dumps(trial.model_dump(mode="json"), sort_keys=True)
         row["config_sha256"] = trial.sha256
         outcome = _place(assignment, study, trial, started, report)
         used = outcome.pop("used")
@@ -100,6 +99,7 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "attempt": assignment.attempt,
         "arm": assignment.arm,
         "seed": trial.seed,
+        "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
         "world_size": study.resources.num_workers,
         "strategy": trial.train.strategy,
         "hostname": socket.gethostname(),
@@ -234,6 +234,8 @@ def train_share(
         trial.model,
         context_length=trial.data.context_length,
         eos_token_id=meta["eos_token_id"],
+        # A model from scratch has the size that the study says; a pretrained one must fit its tokenizer.
+        vocab_size=None if isinstance(trial.model, ScratchModel) else meta["vocab_size"],
         seed=trial.seed,
         revision=revision,
     )

@@ -1,0 +1,167 @@
+"""Rows on disk: whole files, one reader or another, resuming, and what is left out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from raydisp import results
+from raydisp.errors import OutputError
+
+SEARCHED = {"dispersion.weight": pa.float64(), "dispersion.layers": pa.string()}
+
+
+def trial(number: int, attempt: int = 1, status: str = "completed", **columns: Any) -> dict[str, Any]:
+    return {"study": "s", "trial": number, "attempt": attempt, "status": status, **columns}
+
+
+def step(number: int) -> dict[str, Any]:
+    return {"step": number, "num_tokens": number * 8, "loss": 1.0 / number, "lm_loss": 1.0}
+
+
+def test_trial_schema_puts_searched_columns_after_the_seed() -> None:
+    names = results.trial_schema(SEARCHED).names
+    assert names[names.index("seed") + 1 : names.index("config_json")] == list(SEARCHED)
+
+
+def test_every_reader_sees_the_same_rows(tmp_path: Path) -> None:
+    for number in range(3):
+        results.write_trial(str(tmp_path), trial(number, val_loss=5.0 + number), SEARCHED)
+    pattern = str(tmp_path / "trials" / "**" / "*.parquet")
+    expected = [5.0, 6.0, 7.0]
+    assert sorted(ds.dataset(tmp_path / "trials").to_table()["val_loss"].to_pylist()) == expected
+    sql = duckdb.sql(f"select val_loss from '{pattern}' order by 1").fetchall()
+    assert [value for (value,) in sql] == expected
+    assert pl.read_parquet(pattern).sort("trial")["val_loss"].to_list() == expected
+    assert sorted(pd.read_parquet(tmp_path / "trials")["val_loss"]) == expected
+    assert results.read_tables(str(tmp_path)).trials["val_loss"].to_pylist() == expected
+
+
+def test_types_are_explicit_even_where_all_is_null(tmp_path: Path) -> None:
+    results.write_trial(str(tmp_path), trial(0), SEARCHED)
+    table = pq.read_table(tmp_path / "trials" / "trial-00000-attempt-1.parquet")
+    assert table.schema.remove_metadata() == results.trial_schema(SEARCHED)
+    assert table.schema.metadata[b"raydisp.schema_version"] == b"1"
+    assert table["val_loss"].to_pylist() == [None]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_missing(tmp_path: Path, value: float) -> None:
+    results.write_trial(str(tmp_path), trial(0, val_loss=value), SEARCHED)
+    assert results.read_trial(str(tmp_path), 0, 1)["val_loss"] is None
+
+
+def test_a_row_written_again_replaces_itself(tmp_path: Path) -> None:
+    results.write_trial(str(tmp_path), trial(0, val_loss=1.0), SEARCHED)
+    results.write_trial(str(tmp_path), trial(0, val_loss=2.0), SEARCHED)
+    assert results.read_table(str(tmp_path), "trials")["val_loss"].to_pylist() == [2.0]
+
+
+def test_a_column_that_does_not_exist_is_our_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="valloss"):
+        results.write_trial(str(tmp_path), trial(0, valloss=1.0), SEARCHED)
+
+
+def test_the_latest_attempt_counts(tmp_path: Path) -> None:
+    for number, attempt, status in [(0, 1, "completed"), (1, 1, "interrupted"), (1, 2, "completed")]:
+        results.write_trial(str(tmp_path), trial(number, attempt, status), SEARCHED)
+    tables = results.read_tables(str(tmp_path))
+    assert [(row["trial"], row["attempt"]) for row in tables.trials.to_pylist()] == [(0, 1), (1, 2)]
+    assert tables.attempts.num_rows == 3
+
+
+def test_resuming_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
+    first = results.RowWriter(str(tmp_path), 7, 1, resumed_step=0)
+    for number in range(1, 11):
+        first.add("steps", step(number))
+        if number in (4, 6, 8):
+            first.flush(number)
+    first.flush(10)
+    second = results.RowWriter(str(tmp_path), 7, 2, resumed_step=6)
+    for number in range(7, 11):
+        second.add("steps", step(number))
+    second.flush(10)
+    table = results.read_table(str(tmp_path), "steps")
+    assert sorted(table["step"].to_pylist()) == list(range(1, 11))
+    assert dict(zip(table["step"].to_pylist(), table["attempt"].to_pylist(), strict=True)) == {
+        **dict.fromkeys(range(1, 7), 1),
+        **dict.fromkeys(range(7, 11), 2),
+    }
+
+
+def test_starting_over_drops_everything_of_that_trial_only(tmp_path: Path) -> None:
+    for number in (1, 2):
+        writer = results.RowWriter(str(tmp_path), number, 1, resumed_step=0)
+        writer.add("steps", step(1))
+        writer.flush(1)
+    results.RowWriter(str(tmp_path), 1, 2, resumed_step=0)
+    assert results.read_table(str(tmp_path), "steps")["trial"].to_pylist() == [2]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results.write_trial(str(tmp_path), trial(0, val_loss=1.0), SEARCHED)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="No space left on device; make the folder writable"):
+        results.write_trial(str(tmp_path), trial(0, val_loss=2.0), SEARCHED)
+    assert results.read_trial(str(tmp_path), 0, 1)["val_loss"] == 1.0
+    assert len(list((tmp_path / "trials").iterdir())) == 1, "no temporary file is left"
+
+
+def test_foreign_and_truncated_files_are_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results.write_trial(str(tmp_path), trial(0, val_loss=1.0), SEARCHED)
+    folder = tmp_path / "trials"
+    whole = (folder / "trial-00000-attempt-1.parquet").read_bytes()
+    (folder / "trial-00001-attempt-1.parquet").write_bytes(whole[: len(whole) // 2])
+    pq.write_table(pa.table({"x": [1]}), folder / "other.parquet")
+    (folder / "_tmp-123").write_bytes(whole)
+    with caplog.at_level(logging.WARNING):
+        assert results.read_table(str(tmp_path), "trials").num_rows == 1
+    assert "trial-00001-attempt-1.parquet is left out: it is not a whole Parquet file" in caplog.text
+    assert "other.parquet is left out: it has no column study" in caplog.text
+    assert "_tmp-123" not in caplog.text
+
+
+def test_a_study_without_rows_has_empty_tables(tmp_path: Path) -> None:
+    tables = results.read_tables(str(tmp_path))
+    assert [tables.trials.num_rows, tables.steps.num_rows, tables.layers.num_rows] == [0, 0, 0]
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    results.check_writable(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_writable_refuses_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OutputError, match=r"taken is a file; choose another place with --output"):
+        results.check_writable(str(tmp_path / "taken" / "study"))
+
+
+def test_check_writable_refuses_a_place_that_takes_no_file() -> None:
+    with pytest.raises(OutputError, match="/proc/raydisp cannot be written"):
+        results.check_writable("/proc/raydisp")
+
+
+def test_uris_go_through_arrow(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/deep/er"
+    results.write_bytes(results.join(uri, "x.bin"), b"abc")
+    assert results.read_bytes(results.join(uri, "x.bin")) == b"abc"
+    assert results.exists(results.join(uri, "x.bin"))
+    results.delete_dir(uri)
+    assert not results.exists(uri)
