@@ -65,8 +65,8 @@ def plan_resources(study: StudyConfig, nodes: Sequence[Node], *, where: str) -> 
             has += f" and {_count(sum(node.gpus for node in nodes), 'GPU')}"
         raise ResourceError(
             f"resources: a trial of {wanted.num_workers} worker(s) needs {needs}, and {where} offers "
-            f"{has}, which is room for {slots} worker(s); lower resources.num_workers, cpus_per_worker or gpus_per_worker, "
-            "or use more machines (--address)"
+            f"{has}, which is room for {slots} worker(s); lower resources.num_workers, "
+            "cpus_per_worker or gpus_per_worker, or use more machines (--address)"
         )
     fitting = slots // wanted.num_workers
     if wanted.max_concurrent_trials == "auto":

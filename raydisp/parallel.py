@@ -33,9 +33,7 @@ def wrap_ddp(model: nn.Module, layout: Layout) -> nn.Module:
     if layout.world_size == 1:
         return model
     device_ids = [layout.device] if layout.device.type == "cuda" else None
-    # Seeds give every worker the same buffers, and nothing changes them; broadcasting them would cost a
-    # collective per forward pass.
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=device_ids)
 
 
 @contextmanager

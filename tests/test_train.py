@@ -1,0 +1,290 @@
+"""The training loop: it learns, repeats itself to the bit, resumes, and stops on what is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raydisp import data, models
+from raydisp.checkpoint import CheckpointFolder
+from raydisp.config import StudyConfig, TrainConfig, TrialConfig, replace_fields
+from raydisp.errors import DivergedError
+from raydisp.parallel import Layout, derive_seed
+from raydisp.train import (
+    TrainResult,
+    accumulate_gradients,
+    learning_rate_at,
+    make_autocast,
+    make_optimizer,
+    make_term,
+    micro_batch_sequences,
+    train,
+)
+
+
+class Rows:
+    """Keeps rows in memory, with the steps at which they were flushed."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[dict[str, Any]]] = {"steps": [], "evals": [], "layers": []}
+        self.flushed: list[int] = []
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        self.tables[table].append(row)
+
+    def flush(self, step: int) -> None:
+        self.flushed.append(step)
+
+    def column(self, name: str) -> list[Any]:
+        return [row[name] for row in self.tables["steps"]]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+Run = Callable[..., tuple[TrainResult, Rows, torch.nn.Module]]
+
+
+@pytest.fixture
+def run(study: StudyConfig, cache_dir: str) -> Run:
+    """Trains the tiny trial with changes: run({"train.beta1": 0.8}, checkpoints=...)."""
+
+    def train_with(changes: dict[str, Any] | None = None, **options: Any) -> Any:
+        trial = replace_fields(study.trial, changes or {})
+        model = build(trial, cache_dir)
+        folder = data.prepare(trial, cache_dir)
+        rows = Rows()
+        blocks = (data.TokenBlocks(folder, "train"), data.TokenBlocks(folder, "validation"))
+        result = train(model, *blocks, trial, layout=Layout(), rows=rows, **options)
+        return result, rows, model
+
+    return train_with
+
+
+def build(trial: TrialConfig, cache_dir: str) -> torch.nn.Module:
+    meta = data.read_meta(data.prepare(trial, cache_dir))
+    return models.build_model(
+        trial.model,
+        context_length=trial.data.context_length,
+        eos_token_id=meta["eos_token_id"],
+        seed=trial.seed,
+    )
+
+
+def test_the_loss_falls_and_every_step_has_a_row(run: Run) -> None:
+    result, rows, _ = run({"train.budget_tokens": 5120, "dispersion.weight": 0.0})
+    assert result.num_steps == 40
+    assert rows.column("step") == list(range(1, 41))
+    assert rows.column("num_tokens")[-1] == result.num_tokens == 5120
+    assert result.final.loss < math.log(320) - 1.5, "14 words are learnt quickly"
+    assert rows.column("dispersion_loss") == [None] * 40
+    assert rows.column("loss") == rows.column("lm_loss")
+    assert result.train_loss == pytest.approx(math.fsum(rows.column("lm_loss")[-4:]) / 4)
+
+
+def test_evaluations_come_before_between_and_at_the_end(run: Run) -> None:
+    reported: list[dict[str, Any]] = []
+    result, rows, _ = run(on_evaluation=reported.append)
+    assert [report["step"] for report in reported] == [0, 4, 8, 10]
+    assert reported[-1]["val_loss"] == result.final.loss
+    losses = [row for row in rows.tables["evals"] if row["name"] == "loss"]
+    assert [row["step"] for row in losses] == [0, 4, 8, 10]
+    # 256 tokens are 16 sequences of 15 predictions; the last evaluation takes the whole split.
+    assert [row["num_items"] for row in losses][:3] == [240] * 3
+    assert losses[-1]["num_items"] > 240
+    layers = [row for row in rows.tables["layers"] if row["step"] == 10]
+    assert [row["layer"] for row in layers] == [0, 1, 2]
+    assert all(sum(row["histogram"]) == 16 * 16 * 16 for row in layers), "every pair of 16 sequences"
+
+
+def test_the_total_is_cross_entropy_plus_weight_times_dispersion(run: Run) -> None:
+    _, rows, _ = run()
+    for row in rows.tables["steps"]:
+        assert row["loss"] == pytest.approx(row["lm_loss"] + 0.3 * row["dispersion_loss"], rel=1e-12)
+
+
+def test_dispersion_disperses(run: Run) -> None:
+    changes = {"train.budget_tokens": 5120}
+    cosines = [
+        run({**changes, "dispersion.weight": weight})[0].final.layer_cosine_mean for weight in (0.0, 0.3, 2.0)
+    ]
+    assert cosines[0] > max(cosines[1:]) + 0.05
+
+
+def test_same_seed_same_bits_and_another_seed_others(run: Run) -> None:
+    first, second, other = (run({"seed": seed})[1].column("loss") for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+def test_a_trial_does_not_depend_on_the_global_generator(run: Run) -> None:
+    changes = {"model.dropout": 0.2}
+    torch.manual_seed(1)
+    first = run(changes)[1].column("loss")
+    torch.manual_seed(2)
+    assert run(changes)[1].column("loss") == first
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.dropout": 0.2}, {"dispersion.max_tokens": 5}], ids=str)
+def test_killed_and_continued_equals_never_killed(run: Run, tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {**changes, "checkpoint.every_tokens": 512, "train.weight_decay": 0.5}
+    whole, rows, model = run(changes, checkpoints=CheckpointFolder(str(tmp_path / "whole")))
+    folder = CheckpointFolder(str(tmp_path / "killed"))
+
+    class KilledError(Exception):
+        pass
+
+    def kill(report: dict[str, Any]) -> None:
+        if report["step"] == 8:  # after the evaluation of step 8, before its checkpoint: back to step 4
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(changes, checkpoints=folder, on_evaluation=kill)
+    assert folder.load_latest()[0] == 4
+    continued, later_rows, later_model = run(changes, checkpoints=folder)
+    assert later_rows.column("step") == list(range(5, 11))
+    assert later_rows.column("loss") == rows.column("loss")[4:]
+    assert continued.final.loss == whole.final.loss
+    assert continued.train_loss == whole.train_loss
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, later_model.state_dict()[name]), name
+
+
+def test_rows_are_flushed_before_each_checkpoint(run: Run, tmp_path: Path) -> None:
+    flushed_at_save: list[list[int]] = []
+    rows_seen: list[Rows] = []
+
+    class Folder(CheckpointFolder):
+        def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+            flushed_at_save.append([step, *rows_seen[0].flushed[-1:]])
+            super().save(step, tensors, state)
+
+    original = Rows.__init__
+
+    def remember(self: Rows) -> None:
+        original(self)
+        rows_seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "__init__", remember)
+        run({"checkpoint.every_tokens": 384}, checkpoints=Folder(str(tmp_path)))
+    assert flushed_at_save == [[3, 3], [6, 6], [9, 9]]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [16, 48, 64])
+def test_micro_batches_do_not_change_the_gradients(
+    study: StudyConfig, cache_dir: str, micro_batch_tokens: int
+) -> None:
+    trial = study.trial
+    batch = torch.randint(0, 300, (8, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for micro in (8, micro_batch_tokens // 16):
+        model = build(trial, cache_dir)
+        term = make_term(model, trial)
+        losses = accumulate_gradients(
+            model, batch, term, trial, 0, Layout(), micro, make_autocast("fp32", torch.device("cpu"))
+        )
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        found.append((*losses, gradients))
+    (lm, dispersion, whole), (lm_split, dispersion_split, split) = found
+    # float32 sums in another order
+    assert torch.isclose(lm, lm_split, rtol=1e-6)
+    assert torch.isclose(dispersion, dispersion_split, rtol=1e-6)
+    assert (whole - split).norm() <= 1e-5 * whole.norm()
+
+
+def test_what_was_used_is_read_back(run: Run) -> None:
+    changes = {
+        "train.learning_rate": 0.003,
+        "train.weight_decay": 0.2,
+        "train.beta1": 0.8,
+        "dispersion.weight": 0.7,
+        "dispersion.temperature": 0.4,
+        "dispersion.layers": "late_half",
+        "dispersion.clamp": 0.2,
+    }
+    used = run(changes)[0].used
+    for name, value in changes.items():
+        expected = [2] if name == "dispersion.layers" else value
+        assert used[name] == expected, name
+    assert run({"dispersion.weight": 0.0})[0].used["dispersion.weight"] == 0.0
+
+
+def test_hooks_are_gone_afterwards(run: Run) -> None:
+    _, _, model = run()
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    ]
+    # transformers leaves hooks of its own, which it uses for output_hidden_states
+    assert [hook for hook in hooks if hook.__module__.startswith("raydisp")] == []
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run: Run) -> None:
+    rows: list[int] = []
+    with pytest.raises(DivergedError, match=r"(loss|gradient norm) is (nan|inf) at step \d+") as caught:
+        run(
+            {"train.learning_rate": 1e30, "train.grad_clip": None},
+            on_evaluation=lambda r: rows.append(r["step"]),
+        )
+    assert 1 < caught.value.step <= 10
+    assert rows[-1] < caught.value.step
+
+
+def test_bf16_autocast_learns_too(run: Run) -> None:
+    result, _, model = run({"train.precision": "bf16", "train.budget_tokens": 5120})
+    assert result.precision == "bf16"
+    assert result.final.loss < math.log(320) - 1.0
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(budget_tokens=1, global_batch_tokens=1, learning_rate=1.0, **changes)
+
+
+def test_learning_rate_warms_up_linearly_and_ends_as_half_a_cosine() -> None:
+    rates = [learning_rate_at(step, 10, settings(warmup_frac=0.2)) for step in range(10)]
+    assert rates[:2] == [0.5, 1.0]
+    expected = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)]
+    assert rates[2:] == pytest.approx(expected)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    floor = learning_rate_at(9, 10, settings(warmup_frac=0.2, min_learning_rate_frac=0.1))
+    assert floor == pytest.approx(0.1)
+    assert learning_rate_at(0, 1, settings(warmup_frac=1.0)) == 1.0
+    assert learning_rate_at(0, 2, settings(warmup_frac=0.0)) == pytest.approx(0.5)
+
+
+def test_weight_decay_leaves_biases_and_norms_alone(study: StudyConfig, cache_dir: str) -> None:
+    model = build(study.trial, cache_dir)
+    decayed, plain = make_optimizer(model, study.train).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    assert all(parameter.dim() >= 2 for parameter in decayed["params"])
+    assert all(parameter.dim() < 2 for parameter in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_auto_micro_batch_bounds_the_logits(study: StudyConfig) -> None:
+    trial = study.trial
+    layout = Layout()
+    assert micro_batch_sequences(trial, layout, vocab_size=320) == trial.sequences_per_step
+    # one sequence of 16 tokens over a vocabulary of a million: 64 MB of logits
+    assert micro_batch_sequences(trial, layout, vocab_size=2**20) == 4
+    fixed = replace_fields(trial, {"train.micro_batch_tokens": 48})
+    assert micro_batch_sequences(fixed, layout, vocab_size=320) == 3
+
+
+def test_derived_seeds_do_not_collide_for_neighbours() -> None:
+    seeds = {
+        derive_seed("step", seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)
+    }
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
