@@ -21,7 +21,7 @@ from torch import Tensor
 # 256 x 1024 keeps a CPU's matrix product near its peak and the elementwise passes inside its cache.
 CPU_ROWS = 256
 CPU_TILE = 256 * 1024
-CPU_BLOCK = 2**17
+CPU_BLOCK = 2**18
 # An accelerator wants few large kernels: 2^24 float32 entries are 64 MiB; a tile needs two or three of them.
 ACCELERATOR_ROWS = 1024
 ACCELERATOR_TILE = 2**24
@@ -39,7 +39,7 @@ def _tile_shape(x: Tensor) -> tuple[int, int]:
     """Rows and columns of a tile for x [B, L, F]; short sequences get fewer rows, to skip more symmetry."""
     batch, length, _ = x.shape
     if x.device.type == "cpu":
-        rows = min(CPU_ROWS, max(CPU_ROWS // 2, length // 8))
+        rows = min(CPU_ROWS, max(CPU_ROWS // 2, length // 4))
         return rows, max(rows, CPU_TILE // (rows * batch))
     rows = min(ACCELERATOR_ROWS, length)
     return rows, max(rows, ACCELERATOR_TILE // (rows * batch))
