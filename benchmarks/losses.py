@@ -208,7 +208,7 @@ def compare(variant: str, length: int, rounds: int, device: str, dtype: torch.dt
 
 
 def step_overhead(rounds: int, layers: str = "all") -> dict[str, Any]:
-    """A GPT-2 124M step (B = 1, context 1024, AdamW) with and without angular_spread on all layers and tokens."""
+    """A GPT-2 124M step (B = 1, context 1024, AdamW), angular_spread on all layers and tokens or not."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from raydisp.attach import DispersionTerm

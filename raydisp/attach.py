@@ -101,7 +101,7 @@ class DispersionTerm:
                 clamp=self.clamp,
                 margin=self.margin,
                 max_tokens=self.max_tokens,
-                mask=mask,
+                mask=None if mask is None else mask.to(hidden.device),
                 generator=generator,
             ).float()
             for hidden in self._capture.take().values()

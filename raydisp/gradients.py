@@ -66,6 +66,11 @@ class Batch:
     def exponent_range(self) -> float:
         return EXPONENT_RANGE[self.product_dtype or self.tokens.dtype]
 
+    @property
+    def cosine_limit(self) -> float:
+        """1 - clamp, but below 1 in the dtype of the tokens too: the slope of arccos is infinite there."""
+        return 1 - max(self.clamp, torch.finfo(self.tokens.dtype).eps)
+
 
 def _unit(tokens: Tensor, *, offset: float = 0.0, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens over max(norm + offset, floor), the norms [B, L, 1], and what was divided by."""
@@ -107,7 +112,7 @@ def _angle_slopes(cosines: Tensor, scratch: Tensor) -> Tensor:
 
 
 def angular_spread(batch: Batch) -> Tensor:
-    limit = 1 - batch.clamp
+    limit = batch.cosine_limit
     rate = LOG2_E / (math.pi * batch.temperature)  # of the exponent, in powers of two per radian
     unit, norms, divisors = _unit(batch.tokens, offset=OFFSET)
     shift = None
@@ -135,7 +140,7 @@ def angular_spread(batch: Batch) -> Tensor:
 
 
 def orthogonalization(batch: Batch) -> Tensor:
-    limit = 1 - batch.clamp
+    limit = batch.cosine_limit
     unit, norms, divisors = _unit(batch.tokens, offset=OFFSET)
 
     def shortfall(tile: Tile, with_slopes: bool) -> tuple[Tensor, Tensor | None]:

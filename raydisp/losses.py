@@ -294,7 +294,8 @@ def cosine(hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
 def koleo(hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Minus the mean over i of log(min over j != i of |u_i - u_j| + 1e-8).
 
-    For identical neighbours the gradient, which has no direction there, is 0.
+    For identical neighbours the gradient, which has no direction there, is 0. On CUDA the gradient is summed
+    in no fixed order, unless `torch.use_deterministic_algorithms` is on.
 
     Source: arXiv:1806.03198.
     """

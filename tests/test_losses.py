@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -382,7 +383,7 @@ def test_extreme_vectors_stay_finite(variant: str, kind: str, dtype: torch.dtype
     if masked:
         mask[0, 1:] = 0  # one token is left: out of the mean
         mask[1, 0] = 0
-    for settings in ({}, {"temperature": 0.003, "clamp": 1e-4}):
+    for settings in ({}, {"temperature": 0.003, "clamp": 1e-4}, {"clamp": 1e-12}):
         value, gradient = value_and_gradient(hidden, variant, mask=mask, **settings)
         assert value.dtype == torch.float32
         assert gradient.dtype == dtype
@@ -509,6 +510,47 @@ def test_the_operator_keeps_torchs_rules() -> None:
         arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("variant", ALL)
+def test_accelerators_are_never_waited_for(
+    variant: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta tensors hold no values: whatever would copy one to the host, and so wait for a device, raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    hidden = torch.empty(3, 1100, 16, device="meta", dtype=torch.bfloat16)
+    mask = torch.empty(3, 1100, device="meta", dtype=torch.bool) if masked else None
+    for temperature in (1.0, 0.001):
+        values, gradient = losses._sequence_losses._init_fn(
+            hidden, mask, variant, temperature, 0.1, 0.5, torch.bfloat16, True
+        )
+        assert (values.shape, values.dtype) == ((3,), torch.float32)
+        assert (gradient.shape, gradient.dtype) == (hidden.shape, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", ALL)
+def test_cuda_equals_the_cpu_and_does_not_synchronise(variant: str, dtype: torch.dtype) -> None:
+    hidden = tokens(3, 300, 64, dtype=dtype)
+    mask = torch.ones(3, 300, dtype=torch.bool)
+    mask[0, 200:] = False
+    expected, expected_gradient = value_and_gradient(hidden, variant, mask=mask)
+    on_device, device_mask = hidden.cuda(), mask.cuda()
+    value_and_gradient(on_device, variant, mask=device_mask)  # libraries may synchronise when they start
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value, gradient = value_and_gradient(on_device, variant, mask=device_mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # As for half-precision products above; float32 sums in another order are far closer.
+    rel, largest = (1e-4, 1e-3) if dtype == torch.float32 else (2e-2, 5e-2)
+    assert value.item() == pytest.approx(expected.item(), rel=rel, abs=5e-3)
+    if variant != "koleo" or dtype == torch.float32:
+        error = (gradient.cpu().float() - expected_gradient.float()).abs().max()
+        assert error <= largest * expected_gradient.float().abs().max()
 
 
 def test_second_derivatives_are_refused() -> None:
