@@ -60,7 +60,7 @@ def parse_study(text: str, name: str, overrides: Sequence[str] = ()) -> StudyCon
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentences(error, tree, source))) from None
-    problem = space.find_problem(study, _explain)
+    problem = space.find_problem(study, explain)
     if problem is not None:
         key_path, sentence = problem
         raise ConfigError(f"{source.place(key_path)}: {sentence}")
@@ -248,8 +248,8 @@ def _sentences(error: ValidationError, tree: Any, source: _Source) -> list[str]:
     return sentences
 
 
-def _explain(error: ValidationError, tree: Any) -> str:
-    """One sentence for the first mistake, without its place."""
+def explain(error: ValidationError, tree: Any) -> str:
+    """A sentence for the first mistake in a tree of values, without its place in a file."""
     finding = error.errors(include_url=False)[0]
     return _sentence(_real_path(finding, tree), [finding], tree)
 

@@ -17,10 +17,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from raydisp import results, space
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, replace_fields, with_fields
-from raydisp.errors import DivergedError
+from raydisp.errors import ConfigError, DivergedError
 from raydisp.layers import resolve_layers
+from raydisp.studyfile import explain
 
 if TYPE_CHECKING:
     from raydisp.parallel import Layout
@@ -73,7 +76,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     started = time.time()
     row = blank_row(assignment, study, started)
     try:
-        trial = replace_fields(study.trial, assignment.values)
+        trial = _combined(study, assignment.values)
         row["config_sha256"] = trial.sha256
         outcome = _place(assignment, study, trial, started, report)
         used = outcome.pop("used")
@@ -87,6 +90,16 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     # The trial has ended for good; only one that was interrupted goes on from its checkpoints.
     results.delete_dir(results.join(assignment.study_dir, "checkpoints", assignment.name))
     return row
+
+
+def _combined(study: StudyConfig, values: Mapping[str, Any]) -> TrialConfig:
+    try:
+        return replace_fields(study.trial, values)
+    except ValidationError as error:
+        # Each value is allowed alone, or the study would not have started; together they are not.
+        raise ConfigError(
+            f"{explain(error, with_fields(study.trial, values))} (suggested: {values})"
+        ) from None
 
 
 def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dict[str, Any]:

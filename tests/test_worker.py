@@ -79,7 +79,12 @@ def test_two_attempts_at_the_same_trial_agree_to_the_bit(
 
 ENDINGS = {
     # 16 is no multiple of 3 heads: legal one by one, not together
-    "raises": ({"model.num_heads": 3}, "failed", "ValidationError", "num_heads = 3"),
+    "raises": (
+        {"model.num_heads": 3},
+        "failed",
+        "ConfigError",
+        "hidden_size = 16 is not a multiple of num_heads = 3",
+    ),
     # a 16 TB embedding
     "out of memory": ({"model.hidden_size": 2**33}, "failed", "RuntimeError", "allocate memory"),
     "diverges": ({"train.learning_rate": 1e30, "train.grad_clip": None}, "diverged", "DivergedError", " is "),
