@@ -228,6 +228,10 @@ def format_value(value: float | int | bool | str | None) -> str:
     return str(value)
 
 
+def format_measure(metric: str, value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.{MEASURES[metric].digits}f}"
+
+
 def describe_trial(row: Row, fields: list[str]) -> str:
     """The searched values of a trial: `weight 0.8, temperature 1.2, layers all`."""
     leaves = Counter(name.rsplit(".", 1)[-1] for name in fields)

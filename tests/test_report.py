@@ -18,7 +18,7 @@ import pytest
 import yaml
 from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_row
 
-from raydisp import report, results
+from raydisp import figures, page, report, results
 from raydisp.config import Objective
 from raydisp.errors import OutputError
 
@@ -79,7 +79,7 @@ def traces(figure: Any) -> dict[str, dict[str, Any]]:
     return {trace.get("name", ""): trace for trace in drawn["data"]}
 
 
-def plots(panel: report.Panel) -> dict[str, dict[str, dict[str, Any]]]:
+def plots(panel: figures.Panel) -> dict[str, dict[str, dict[str, Any]]]:
     return {plot.name: traces(plot.figure) for plot in panel.plots}
 
 
@@ -88,7 +88,7 @@ def plots(panel: report.Panel) -> dict[str, dict[str, dict[str, Any]]]:
 
 def test_history_draws_the_rows():
     rows = [trial_row(trial) for trial in range(8)] + [failed_row(8)]
-    panel = report.history_panel(sample_tables(rows).trials, VAL_LOSS)
+    panel = figures.history_panel(sample_tables(rows).trials, VAL_LOSS)
     drawn = plots(panel)["history"]
     losses = [row["val_loss"] for row in rows[1:8]]
     assert drawn["trial"]["x"] == list(range(1, 8))
@@ -101,7 +101,7 @@ def test_history_draws_the_rows():
 
 def test_dose_response_draws_the_rows():
     rows = [trial_row(trial) for trial in range(9)]
-    panel = report.dose_panel(sample_tables(rows).trials, VAL_LOSS)
+    panel = figures.dose_panel(sample_tables(rows).trials, VAL_LOSS)
     drawn = plots(panel)
     assert list(drawn) == ["dose-weight", "dose-weight-per-temperature"]
     best = min(rows[1:], key=lambda row: row["val_loss"])
@@ -119,7 +119,7 @@ def test_dose_response_draws_the_rows():
 
 def test_dose_response_leaves_weight_zero_out_and_says_so():
     rows = [trial_row(0), trial_row(1), trial_row(2, **{"dispersion.weight": 0.0})]
-    panel = report.dose_panel(sample_tables(rows).trials, VAL_LOSS)
+    panel = figures.dose_panel(sample_tables(rows).trials, VAL_LOSS)
     drawn = [x for trace in plots(panel)["dose-weight"].values() for x in trace["x"]]
     assert min(drawn) > 0
     assert "Weight 0 has no place on this axis" in panel.sentence
@@ -132,7 +132,7 @@ def test_many_layer_choices_share_one_style():
         trial_row(trial, **{"dispersion.layers": json.dumps([trial, trial + 1])}) for trial in range(1, 31)
     ]
     rows += [trial_row(31, **{"dispersion.layers": "late_half"})]
-    drawn = plots(report.dose_panel(sample_tables(rows).trials, VAL_LOSS))["dose-weight"]
+    drawn = plots(figures.dose_panel(sample_tables(rows).trials, VAL_LOSS))["dose-weight"]
     assert len(drawn) == 8  # five named choices, the others, the best, the baseline
     assert sum(len(trace["x"]) for name, trace in drawn.items() if name not in ("baseline",)) == 31 + 1
     looks = {
@@ -147,7 +147,7 @@ def test_many_layer_choices_share_one_style():
     ("low", "high"), [(0.01, 2.0), (0.04, 0.6), (1e-9, 1e9), (0.9, 1.1 * 16), (3e-5, 4e-4), (1e-4, 10.0)]
 )
 def test_log_axes_have_readable_ticks(low, high):
-    ticks = report._log_ticks(low, high)
+    ticks = figures._log_ticks(low, high)
     assert 2 <= len(ticks["tickvals"]) <= 8
     assert [float(text) for text in ticks["ticktext"]] == ticks["tickvals"]
 
@@ -156,8 +156,8 @@ def test_condensation_draws_baseline_and_best_at_their_last_evaluation():
     tables = sample_tables()
     best = min(tables.trials.to_pylist()[1:], key=lambda row: row["val_loss"])["trial"]
     rows = [row for row in tables.layers.to_pylist() if row["step"] == 50]
-    profile = plots(report.profile_panel(tables, VAL_LOSS))["profile"]
-    heat_maps = report.heat_map_panel(tables, VAL_LOSS).plots
+    profile = plots(figures.profile_panel(tables, VAL_LOSS))["profile"]
+    heat_maps = figures.heat_map_panel(tables, VAL_LOSS).plots
     for number, (trial, name) in enumerate([(0, "baseline"), (best, f"best: trial {best}")]):
         mine = [row for row in rows if row["trial"] == trial]
         assert profile[name]["x"] == list(range(7))
@@ -175,14 +175,14 @@ def test_condensation_draws_baseline_and_best_at_their_last_evaluation():
 
 def test_condensation_without_a_baseline_says_so():
     tables = sample_tables([failed_row(0), trial_row(1)])
-    for panel in (report.profile_panel(tables, VAL_LOSS), report.heat_map_panel(tables, VAL_LOSS)):
+    for panel in (figures.profile_panel(tables, VAL_LOSS), figures.heat_map_panel(tables, VAL_LOSS)):
         assert len(panel.plots) == 1
         assert "Only the best is drawn: the other has no measure." in panel.sentence
 
 
 def test_trials_of_unequal_budgets_are_pointed_out():
     trials = sample_tables([trial_row(0), trial_row(1), trial_row(2, num_tokens=1)]).trials
-    assert "saw different numbers of tokens" in report.history_panel(trials, VAL_LOSS).sentence
+    assert "saw different numbers of tokens" in figures.history_panel(trials, VAL_LOSS).sentence
 
 
 # --- the page ------------------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ def test_page_shows_the_study(tmp_path):
     tables = sample_tables()
     place = report.build_report(write_study(tmp_path, tables))
     assert place == results.join(str(tmp_path), "report.html")
-    page = read_page(place)
+    made = read_page(place)
     best = min(tables.trials.to_pylist()[1:], key=lambda row: row["val_loss"])
-    assert f"Best of 8: trial {best['trial']} with val_loss {best['val_loss']:.3f}" in page.text
+    assert f"Best of 8: trial {best['trial']} with val_loss {best['val_loss']:.3f}" in made.text
     for words in (
         "gpt2 from scratch: 6 layers, hidden size 128, 4 heads",
         "python_docs; context of 128 tokens",
@@ -202,20 +202,20 @@ def test_page_shows_the_study(tmp_path):
         "8 completed; baseline completed",
         "2026-03-01 09:30 to 09:41 UTC",
     ):
-        assert words in page.text
-    places = {attributes.get("id") for _, attributes in page.tags}
-    assert set(page.figures) <= places
-    assert set(page.figures) == {
+        assert words in made.text
+    places = {attributes.get("id") for _, attributes in made.tags}
+    assert set(made.figures) <= places
+    assert set(made.figures) == {
         "history", "dose-weight", "dose-weight-per-temperature", "profile", "heat-map-0", "heat-map-1",
     }  # fmt: skip
-    assert traces(page.figures["history"])["trial"]["y"] == tables.trials["val_loss"].to_pylist()[1:]
+    assert traces(made.figures["history"])["trial"]["y"] == tables.trials["val_loss"].to_pylist()[1:]
     assert os.listdir(tmp_path).count("report.html") == 1
     assert not [name for name in os.listdir(tmp_path) if name.startswith("_tmp")]
 
 
 def test_table_has_every_trial_and_sorts_by_numbers():
     rows = [trial_row(0), trial_row(1), failed_row(2), trial_row(3, num_tokens=1)]
-    table = report.results_table(sample_tables(rows).trials, VAL_LOSS)
+    table = page.results_table(sample_tables(rows).trials, VAL_LOSS)
     body = [re.findall(r"<td([^>]*)>(.*?)</td>", row) for row in re.findall(r"<tr class.*?</tr>", table)]
     heads = [
         re.sub(r"<wbr>|<small>.*?</small>|<[^>]*>", "", head) for head in re.findall(r"<th .*?</th>", table)
@@ -234,17 +234,17 @@ def test_table_has_every_trial_and_sorts_by_numbers():
 
 
 def test_page_asks_nothing_of_the_network(tmp_path):
-    page = read_page(report.build_report(write_study(tmp_path, sample_tables())))
-    for tag, attributes in page.tags:
+    made = read_page(report.build_report(write_study(tmp_path, sample_tables())))
+    for tag, attributes in made.tags:
         assert tag not in {"link", "iframe", "img", "object", "embed", "base"}
         assert not {"src", "href", "srcset", "data", "action"} & set(attributes), tag
-    policy = [attributes for tag, attributes in page.tags if attributes.get("http-equiv")]
+    policy = [attributes for tag, attributes in made.tags if attributes.get("http-equiv")]
     assert policy[0]["content"].startswith("default-src 'none'")
-    own = page.text + page.scripts[0] + page.scripts[1] + page.scripts[3]
+    own = made.text + made.scripts[0] + made.scripts[1] + made.scripts[3]
     assert "http" not in own
-    assert page.scripts[2] == plotly.offline.get_plotlyjs()
-    assert "@import" not in report._STYLE
-    assert "url(" not in report._STYLE
+    assert made.scripts[2] == plotly.offline.get_plotlyjs()
+    assert "@import" not in page._part("page.css")
+    assert "url(" not in page._part("page.css")
 
 
 def test_nothing_from_rows_breaks_out(tmp_path):
@@ -258,15 +258,15 @@ def test_nothing_from_rows_breaks_out(tmp_path):
     ]
     study = STUDY | {"name": EVIL, "model": {"source": "hub", "id": EVIL, "revision": EVIL}}
     study["data"] = {"source": "files", "paths": [EVIL], "context_length": EVIL}
-    page = read_page(report.build_report(write_study(tmp_path, sample_tables(rows, searched), study)))
+    made = read_page(report.build_report(write_study(tmp_path, sample_tables(rows, searched), study)))
     plain = read_page(report.build_report(write_study(tmp_path / "plain", sample_tables())))
-    assert {tag for tag, _ in page.tags} - {"details", "summary", "pre"} == {tag for tag, _ in plain.tags}
-    assert len(page.scripts) == len(plain.scripts) == 4
-    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert page.text.count(EVIL) > 10
-    assert not re.search(r"[<>&]", page.scripts[0] + page.scripts[1])
+    assert {tag for tag, _ in made.tags} - {"details", "summary", "pre"} == {tag for tag, _ in plain.tags}
+    assert len(made.scripts) == len(plain.scripts) == 4
+    assert not [name for _, attributes in made.tags for name in attributes if name.startswith("on")]
+    assert made.text.count(EVIL) > 10
+    assert not re.search(r"[<>&]", made.scripts[0] + made.scripts[1])
     # Within the labels of plotly the only tag is ours.
-    for figure in page.figures.values():
+    for figure in made.figures.values():
         for trace in figure["data"]:
             for text in [trace.get("name", ""), *trace.get("hovertext", [])]:
                 assert "<" not in text.replace("<br>", "")
@@ -284,10 +284,10 @@ def test_nothing_from_rows_breaks_out(tmp_path):
     ],
 )
 def test_odd_studies(tmp_path, rows, figures, sentence):
-    page = read_page(report.build_report(write_study(tmp_path, sample_tables(rows))))
-    assert sentence in page.text
-    assert len(page.figures) == figures
-    assert page.text.count("No figure: ") == (4 if figures == 0 else 2 if figures == 2 else 0)
+    made = read_page(report.build_report(write_study(tmp_path, sample_tables(rows))))
+    assert sentence in made.text
+    assert len(made.figures) == figures
+    assert made.text.count("No figure: ") == (4 if figures == 0 else 2 if figures == 2 else 0)
 
 
 def test_study_that_searches_something_else(tmp_path):
@@ -297,10 +297,10 @@ def test_study_that_searches_something_else(tmp_path):
         for trial in range(4)
     ]
     study = STUDY | {"search": {"num_trials": 3, "objective": {"metric": "spearman", "mode": "max"}}}
-    page = read_page(report.build_report(write_study(tmp_path, sample_tables(rows, searched), study)))
-    assert "train.learning_rate and model.num_layers varied too" in page.text
-    assert traces(page.figures["history"])["trial"]["y"] == [row["spearman"] for row in rows[1:]]
-    assert "Spearman rho of cosine against layer of each completed search trial" in page.text
+    made = read_page(report.build_report(write_study(tmp_path, sample_tables(rows, searched), study)))
+    assert "train.learning_rate and model.num_layers varied too" in made.text
+    assert traces(made.figures["history"])["trial"]["y"] == [row["spearman"] for row in rows[1:]]
+    assert "Spearman rho of cosine against layer of each completed search trial" in made.text
 
 
 def test_study_file_may_be_missing_or_broken(tmp_path, caplog):
@@ -325,10 +325,10 @@ def test_a_uri_is_a_results_folder_too(tmp_path):
 
 def test_numbers_that_are_not_finite_are_missing(tmp_path):
     rows = [trial_row(0), trial_row(1, val_bits_per_byte=float("inf")), trial_row(2, val_loss=float("nan"))]
-    page = read_page(report.build_report(write_study(tmp_path, sample_tables(rows))))
-    assert traces(page.figures["history"])["trial"]["x"] == [1]
-    assert "nan" not in page.text
-    assert "inf" not in page.text.replace("info", "")
+    made = read_page(report.build_report(write_study(tmp_path, sample_tables(rows))))
+    assert traces(made.figures["history"])["trial"]["x"] == [1]
+    assert "nan" not in made.text
+    assert "inf" not in made.text.replace("info", "")
 
 
 # --- the command line ----------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_nothing_to_write_to_is_our_error(tmp_path):
 
 def test_higher_is_better_where_the_study_says_so():
     objective = Objective(metric="layer_cosine_mean", mode="max")
-    panel = report.history_panel(sample_tables().trials, objective)
+    panel = figures.history_panel(sample_tables().trials, objective)
     values = sample_tables().trials["layer_cosine_mean"].to_pylist()[1:]
     assert plots(panel)["history"]["best so far"]["y"] == np.maximum.accumulate(values).tolist()
     assert "higher is better" in panel.sentence

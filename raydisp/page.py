@@ -1,0 +1,240 @@
+"""The page of a report: tables and figures -> one HTML text that needs nothing but itself.
+
+Plotly's JavaScript is in it, and its content security policy forbids every request. Its style, script and
+frame are `page.css`, `page.js` and `page.html` beside this file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import importlib.resources
+import json
+import logging
+import math
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import plotly.offline
+import pyarrow as pa
+from pydantic import ValidationError
+
+from raydisp import analysis
+from raydisp.analysis import MEASURES, Row
+from raydisp.config import Objective
+from raydisp.figures import DARK_COLOURS, Panel, build_panels
+from raydisp.results import Tables
+
+logger = logging.getLogger(__name__)
+
+
+def facts(trials: pa.Table, study: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was run: pairs of a name and a plain text, those that are known."""
+    search = analysis.search_trials(trials)
+    counts = ", ".join(f"{number} {status}" for status, number in analysis.count_statuses(search).items())
+    planned = _get(study, "search.num_trials")
+    baseline = analysis.baseline_row(trials)
+    of_planned = f" (of {planned} planned)" if planned is not None and planned != search.num_rows else ""
+    state = "no baseline yet" if baseline is None else f"baseline {baseline['status']}"
+    tokens = sorted({number for number in trials["num_tokens"].to_pylist() if number is not None})
+    span = " to ".join(f"{number:,}" for number in dict.fromkeys([tokens[0], tokens[-1]])) if tokens else ""
+    pairs = [
+        ("model", _model_text(study)),
+        ("data", _data_text(study)),
+        ("tokens per trial", span),
+        ("trials", f"{counts or 'none yet'}{of_planned}; {state}"),
+        ("seed", _distinct(trials, "seed")),
+        ("device", _distinct(trials, "device")),
+        ("when", _when(trials)),
+        ("code version", _distinct(trials, "code_version")),
+    ]
+    return [(name, text) for name, text in pairs if text]
+
+
+def _get(study: Mapping[str, Any], dotted: str) -> Any:
+    node: Any = study
+    for part in dotted.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _model_text(study: Mapping[str, Any]) -> str:
+    model = _get(study, "model")
+    if not isinstance(model, Mapping):
+        return ""
+    if model.get("source") == "scratch":
+        return (
+            f"{model.get('family')} from scratch: {model.get('num_layers')} layers, "
+            f"hidden size {model.get('hidden_size')}, {model.get('num_heads')} heads"
+        )
+    name = model.get("id") or model.get("path") or model.get("source")
+    return f"{name} (revision {model['revision']})" if model.get("revision") else str(name)
+
+
+def _data_text(study: Mapping[str, Any]) -> str:
+    data = _get(study, "data")
+    if not isinstance(data, Mapping):
+        return ""
+    paths = data.get("paths")
+    parts = paths if isinstance(paths, list) else [data.get("path") or data.get("source"), data.get("name")]
+    context = data.get("context_length")
+    shown = ", ".join(str(part) for part in parts if part is not None)
+    return f"{shown}; context of {context} tokens" if context else shown
+
+
+def _distinct(trials: pa.Table, column: str) -> str:
+    return ", ".join(str(value) for value in dict.fromkeys(trials[column].to_pylist()) if value is not None)
+
+
+def _when(trials: pa.Table) -> str:
+    started = [time for time in trials["started_at"].to_pylist() if time is not None]
+    ended = [time for time in trials["ended_at"].to_pylist() if time is not None]
+    if not started or not ended:
+        return ""
+    first, last = min(started).astimezone(datetime.UTC), max(ended).astimezone(datetime.UTC)
+    end = f"{last:%H:%M}" if first.date() == last.date() else f"{last:%Y-%m-%d %H:%M}"
+    return f"{first:%Y-%m-%d %H:%M} to {end} UTC"
+
+
+def results_table(trials: pa.Table, objective: Objective) -> str:
+    """The table of all trials as HTML, everything in it escaped; sorted by the page's script."""
+    metric = objective.metric
+    best, baseline = analysis.best_trial(trials, objective), analysis.baseline_row(trials)
+    fields = analysis.searched_fields(trials)
+    shown = ["val_loss", "val_bits_per_byte", "layer_cosine_mean", "spearman"]
+    measures = list(dict.fromkeys([metric, *shown]))
+    rows = trials.to_pylist()
+
+    heads = [_head("trial", number=True), _head("arm"), _head("status")]
+    heads += [_head(name, number=_is_number(trials, name)) for name in fields]
+    heads += [_head(metric, MEASURES[metric].unit, number=True), _head("against baseline", number=True)]
+    heads += [_head(name, MEASURES[name].unit, number=True) for name in measures[1:]]
+    heads += [_head("num_tokens", number=True), _head("train_s", "seconds", number=True)]
+
+    body = []
+    for row in rows:
+        is_best = best is not None and row["trial"] == best["trial"]
+        arm = html.escape(str(row["arm"])) + (' <span class="tag">best</span>' if is_best else "")
+        cells = [_cell(str(row["trial"]), row["trial"]), f"<td>{arm}</td>", _status_cell(row)]
+        cells += [
+            _cell(analysis.format_value(row[name]), row[name] if _is_number(trials, name) else None)
+            for name in fields
+        ]
+        for name in measures:
+            cells.append(_cell(analysis.format_measure(name, row[name]), row[name], number=True))
+            if name == metric:
+                difference = _against_baseline(row, baseline, metric)
+                text = "" if difference is None else f"{difference:+.{MEASURES[metric].digits}f}"
+                cells.append(_cell(text, difference, number=True))
+        tokens, seconds = row["num_tokens"], row["train_s"]
+        cells.append(_cell("" if tokens is None else f"{tokens:,}", tokens, number=True))
+        cells.append(_cell("" if seconds is None else f"{seconds:.1f}", seconds, number=True))
+        marks = " ".join(
+            name for name, on in (("best", is_best), ("baseline", row["arm"] == "baseline")) if on
+        )
+        body.append(f'<tr class="{marks}">{"".join(cells)}</tr>')
+    return f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _is_number(trials: pa.Table, name: str) -> bool:
+    kind = trials.schema.field(name).type
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _against_baseline(row: Row, baseline: Row | None, metric: str) -> float | None:
+    value, reference = analysis.value_of(row, metric), analysis.value_of(baseline, metric)
+    if baseline is None or value is None or reference is None or row["trial"] == baseline["trial"]:
+        return None
+    return value - reference if analysis.same_budget(row, baseline) else None
+
+
+def _head(name: str, unit: str = "", *, number: bool = False) -> str:
+    label = html.escape(name).replace(".", ".<wbr>").replace("_", '_<wbr class="fine">')
+    small = f"<small>{html.escape(unit)}</small>" if unit else ""
+    kind = ' class="number"' if number else ""
+    button = f'<button type="button"><span>{label}</span>{small}</button>'
+    return f'<th scope="col" aria-sort="none"{kind}>{button}</th>'
+
+
+def _cell(text: str, value: float | None = None, *, number: bool = False) -> str:
+    key = "" if value is None or not math.isfinite(value) else f' data-value="{value!r}"'
+    kind = ' class="number"' if number or value is not None else ""
+    return f"<td{kind}{key}>{html.escape(text)}</td>"
+
+
+def _status_cell(row: Row) -> str:
+    status = html.escape(str(row["status"]))
+    text = ": ".join(part for part in (row["error_type"], row["error_message"]) if part)
+    if not text:
+        return f"<td>{status}</td>"
+    if len(text) <= 120 and "\n" not in text:
+        return f'<td class="error">{status}<small>{html.escape(text)}</small></td>'
+    start = html.escape(text.splitlines()[0][:100])
+    return (
+        f'<td class="error">{status}<details><summary>{start} …</summary>'
+        f"<pre>{html.escape(text)}</pre></details></td>"
+    )
+
+
+def render(tables: Tables, study: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        study: the resolved study file; what it lacks is left out of the page.
+    """
+    trials, objective = tables.trials, _objective(study)
+    names = dict.fromkeys([*trials["study"].to_pylist(), _get(study, "name")])
+    name = next((str(name) for name in names if name), "study")
+    sentences = analysis.summarise(trials, objective)
+    panels = build_panels(tables, objective)
+    drawn = [f'"{plot.name}": {plot.figure.to_json()}' for panel in panels for plot in panel.plots]
+    return string.Template(_part("page.html")).substitute(
+        name=html.escape(name),
+        lead=html.escape(sentences[0]),
+        second=html.escape(sentences[1]),
+        facts="".join(
+            f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(text)}</dd></div>"
+            for key, text in facts(trials, study)
+        ),
+        panels="".join(_panel_html(panel) for panel in panels),
+        table=results_table(trials, objective),
+        plotly=plotly.offline.get_plotlyjs(),
+        dark=_script_json(json.dumps(DARK_COLOURS)),
+        figures=_script_json(f"{{{', '.join(drawn)}}}"),
+        style=_part("page.css"),
+        script=_part("page.js"),
+    )
+
+
+def _objective(study: Mapping[str, Any]) -> Objective:
+    try:
+        return Objective.model_validate(_get(study, "search.objective") or {})
+    except ValidationError:
+        logger.warning("study.yaml: search.objective is not understood; the report takes val_loss, min")
+        return Objective()
+
+
+def _panel_html(panel: Panel) -> str:
+    title = html.escape(panel.title)
+    drawings = "".join(
+        "<div>"
+        + (f"<h3>{html.escape(plot.title)}</h3>" if len(panel.plots) > 1 else "")
+        + f'<div class="plot" id="{plot.name}" role="img" aria-label="{title}"></div></div>'
+        for plot in panel.plots
+    )
+    return (
+        f'<section><h2>{title}</h2><figure><div class="drawings">{drawings}</div>'
+        f"<figcaption>{html.escape(panel.sentence)}</figcaption></figure></section>"
+    )
+
+
+def _script_json(text: str) -> str:
+    """JSON that a script element can hold: outside strings none of these characters occur in JSON."""
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _part(name: str) -> str:
+    return (importlib.resources.files("raydisp") / name).read_text(encoding="utf-8")
