@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
-from raydisp import results
+from raydisp import storage
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +41,23 @@ class CheckpointFolder:
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
         contents = {"tensors.pt": buffer.getvalue(), "state.json": json.dumps(state).encode()}
-        folder = results.join(self.location, f"step-{step:08d}")
-        results.delete_dir(folder)  # what a process that died here has left
+        folder = storage.join(self.location, f"step-{step:08d}")
+        storage.delete_dir(folder)  # what a process that died here has left
         for name, content in contents.items():
-            results.write_bytes(results.join(folder, name), content)
+            storage.write_bytes(storage.join(folder, name), content)
         marker = {name: _fingerprint(content) for name, content in contents.items()}
-        results.write_bytes(results.join(folder, "COMPLETE"), json.dumps(marker).encode())
+        storage.write_bytes(storage.join(folder, "COMPLETE"), json.dumps(marker).encode())
         for older in self._steps():
             if older < step:
-                results.delete_dir(results.join(self.location, f"step-{older:08d}"))
+                storage.delete_dir(storage.join(self.location, f"step-{older:08d}"))
 
     def load_latest(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest checkpoint that is whole: (step, tensors on the CPU, state), or None."""
         for step in sorted(self._steps(), reverse=True):
-            folder = results.join(self.location, f"step-{step:08d}")
+            folder = storage.join(self.location, f"step-{step:08d}")
             try:
-                marker = json.loads(results.read_bytes(results.join(folder, "COMPLETE")))
-                contents = {name: results.read_bytes(results.join(folder, name)) for name in _FILES}
+                marker = json.loads(storage.read_bytes(storage.join(folder, "COMPLETE")))
+                contents = {name: storage.read_bytes(storage.join(folder, name)) for name in _FILES}
             except (FileNotFoundError, json.JSONDecodeError):
                 logger.warning("%s is left out: it was not written to its end", folder)
                 continue
@@ -71,10 +71,10 @@ class CheckpointFolder:
 
     def delete(self) -> None:
         """Remove all checkpoints of the trial."""
-        results.delete_dir(self.location)
+        storage.delete_dir(self.location)
 
     def _steps(self) -> list[int]:
-        filesystem, path = results.resolve(self.location)
+        filesystem, path = storage.resolve(self.location)
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         matches = [re.fullmatch(r"step-(\d+)", info.base_name) for info in infos]
         return [int(match[1]) for match in matches if match]

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 
 import raydisp
-from raydisp import results
+from raydisp import storage
 from raydisp.cluster import Node, plan_resources
 from raydisp.config import StudyConfig, TrialConfig
 from raydisp.errors import RaydispError
@@ -44,7 +44,7 @@ def prepare_launch(
 
     where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}" if len(nodes) > 1 else "Ray"
     plan = plan_resources(study, nodes, where=where)
-    cache_dir = results.join(study.output, "cache")
+    cache_dir = storage.join(study.output, "cache")
     if "://" not in cache_dir:
         cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
     revision = resolve_revision(study.model)

@@ -17,7 +17,8 @@ import yaml
 
 from raydisp.errors import OutputError, RaydispError
 from raydisp.page import render
-from raydisp.results import join, read_bytes, read_tables, resolve, write_bytes
+from raydisp.results import read_tables
+from raydisp.storage import join, read_bytes, resolve, write_bytes
 
 logger = logging.getLogger(__name__)
 

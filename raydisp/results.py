@@ -7,20 +7,16 @@ replaces it and never doubles a row:
     trials/trial-00003-attempt-1.parquet     one row
     steps/trial-00003/from-00000050.parquet  rows of the steps after step 50 (evals and layers likewise)
 
-A file appears under its name only when it is whole: it is written beside it under a name that readers skip
-(`_tmp-...`), flushed to the disk, and renamed.
+A file appears only when it is whole (`storage`), so readers need no lock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import logging
 import math
-import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,12 +24,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raydisp.errors import OutputError
+from raydisp import storage
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-TABLES = ("trials", "steps", "evals", "layers")
 STATUSES = ("completed", "failed", "diverged", "interrupted")
 NUM_HISTOGRAM_BINS = 128
 
@@ -143,106 +138,6 @@ def trial_schema(searched: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema(fields)
 
 
-# --- places --------------------------------------------------------------------------------------------
-
-
-def resolve(location: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and the path on it that a local path or a URI (`s3://...`, `gs://...`) means."""
-    if "://" in location:
-        return pafs.FileSystem.from_uri(location)
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
-
-
-def join(location: str, *parts: str) -> str:
-    """A place below a local path or URI."""
-    return "/".join([location.rstrip("/") or "/", *parts])
-
-
-def exists(location: str) -> bool:
-    """Whether a file or folder is there."""
-    filesystem, path = resolve(location)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
-
-
-def write_bytes(location: str, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OutputError: the place cannot be written.
-    """
-    filesystem, path = resolve(location)
-    try:
-        parent = path.rsplit("/", 1)[0]
-        filesystem.create_dir(parent, recursive=True)
-        if not isinstance(filesystem, pafs.LocalFileSystem):
-            # Object stores show an object only when its upload is complete.
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(content)
-            return
-        temporary = f"{parent}/_tmp-{uuid.uuid4().hex}"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    except OSError as error:
-        raise OutputError(
-            f"{location} cannot be written: {error.strerror or error}; make the folder writable, free some "
-            "space, or choose another one with --output"
-        ) from None
-
-
-def read_bytes(location: str) -> bytes:
-    """The content of a file. Raises FileNotFoundError where there is none."""
-    filesystem, path = resolve(location)
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        return bytes(stream.read())
-
-
-def delete_dir(location: str) -> None:
-    """Remove a folder and all below it; nothing happens where there is none."""
-    filesystem, path = resolve(location)
-    with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_dir(path)
-
-
-def check_writable(study_dir: str) -> None:
-    """Find out before anything starts whether results can be written, and leave nothing behind.
-
-    Raises:
-        OutputError: they cannot.
-    """
-    filesystem, path = resolve(study_dir)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        probe = join(study_dir, "_probe")
-        write_bytes(probe, b"")
-        filesystem.delete_file(resolve(probe)[1])
-        return
-    existing = path
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        raise OutputError(
-            f"{study_dir} cannot be a results folder: {existing} is a file; "
-            "choose another place with --output"
-        )
-    try:
-        # os.access says yes to root and on read-only mounts of some kinds; a real file tells.
-        probe_path = os.path.join(existing, f"_tmp-{uuid.uuid4().hex}")
-        with open(probe_path, "xb"):
-            pass
-        os.unlink(probe_path)
-    except OSError as error:
-        raise OutputError(
-            f"{study_dir} cannot be written: {existing}: {error.strerror}; make the folder writable "
-            "or choose another one with --output"
-        ) from None
-
-
 # --- writing -------------------------------------------------------------------------------------------
 
 
@@ -256,7 +151,7 @@ def write_table(location: str, table: pa.Table) -> None:
     metadata = {**(table.schema.metadata or {}), b"raydisp.schema_version": str(SCHEMA_VERSION).encode()}
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-    write_bytes(location, sink.getvalue().to_pybytes())
+    storage.write_bytes(location, sink.getvalue().to_pybytes())
 
 
 def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, pa.DataType]) -> None:
@@ -271,12 +166,14 @@ def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, p
     assert not unknown, f"not columns of trials: {sorted(unknown)}"
     clean = {name: _null_if_not_finite(row.get(name)) for name in schema.names}
     name = f"{trial_name(row['trial'])}-attempt-{row['attempt']}.parquet"
-    write_table(join(study_dir, "trials", name), pa.Table.from_pylist([clean], schema=schema))
+    write_table(storage.join(study_dir, "trials", name), pa.Table.from_pylist([clean], schema=schema))
 
 
 def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | None:
     """The row of one attempt; None if it has not been written."""
-    filesystem, path = resolve(join(study_dir, "trials", f"{trial_name(trial)}-attempt-{attempt}.parquet"))
+    filesystem, path = storage.resolve(
+        storage.join(study_dir, "trials", f"{trial_name(trial)}-attempt-{attempt}.parquet")
+    )
     try:
         with filesystem.open_input_file(path) as file:
             return pq.ParquetFile(file).read().to_pylist()[0]
@@ -307,7 +204,7 @@ class RowWriter:
         self._since = resumed_step
         self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ROW_SCHEMAS}
         for name in ROW_SCHEMAS:
-            _drop_files_from(join(study_dir, name, trial_name(trial)), resumed_step)
+            _drop_files_from(storage.join(study_dir, name, trial_name(trial)), resumed_step)
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
         """Add a row to one of the three tables; `trial` and `attempt` are filled in."""
@@ -318,15 +215,15 @@ class RowWriter:
         """Write what has come since the last flush; `step` is the number of steps done."""
         for name, rows in self._rows.items():
             if rows:
-                folder = join(self._study_dir, name, trial_name(self._ids["trial"]))
-                file = join(folder, f"from-{self._since:08d}.parquet")
+                folder = storage.join(self._study_dir, name, trial_name(self._ids["trial"]))
+                file = storage.join(folder, f"from-{self._since:08d}.parquet")
                 write_table(file, pa.Table.from_pylist(rows, schema=ROW_SCHEMAS[name]))
         self._rows = {name: [] for name in ROW_SCHEMAS}
         self._since = step
 
 
 def _drop_files_from(folder: str, step: int) -> None:
-    filesystem, path = resolve(folder)
+    filesystem, path = storage.resolve(folder)
     for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
         match = re.fullmatch(r"from-(\d+)\.parquet", info.base_name)
         if match is None or int(match[1]) >= step:
@@ -365,7 +262,7 @@ def read_tables(study_dir: str) -> Tables:
 def read_table(study_dir: str, name: str) -> pa.Table:
     """Read one of the datasets, sorted by trial, attempt and, where there is one, step."""
     base = pa.schema(list(TRIAL_COLUMNS.items())) if name == "trials" else ROW_SCHEMAS[name]
-    tables = list(_read_files(join(study_dir, name), base))
+    tables = list(_read_files(storage.join(study_dir, name), base))
     if not tables:
         return base.empty_table()
     table = pa.concat_tables(tables, promote_options="default")
@@ -374,7 +271,7 @@ def read_table(study_dir: str, name: str) -> pa.Table:
 
 
 def _read_files(folder: str, base: pa.Schema) -> Iterator[pa.Table]:
-    filesystem, path = resolve(folder)
+    filesystem, path = storage.resolve(folder)
     selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
     for info in sorted(filesystem.get_file_info(selector), key=lambda info: info.path):
         if info.type != pafs.FileType.File or not info.base_name.endswith(".parquet"):

@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 
-from raydisp import results, space
+from raydisp import results, space, storage
 from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.cluster import DRIVER_RESOURCES, Plan
 from raydisp.config import SearchConfig, StudyConfig
@@ -119,7 +119,7 @@ class OptunaStudy:
                 contextlib.closing(sqlite3.connect(copy)) as target,
             ):
                 source.backup(target)
-            results.write_bytes(results.join(study_dir, "optuna.db"), copy.read_bytes())
+            storage.write_bytes(storage.join(study_dir, "optuna.db"), copy.read_bytes())
 
     def close(self) -> None:
         """Tell what is still open as failed, and let go of the file."""
@@ -330,7 +330,7 @@ def run_search(
             searcher.close_open_trials()
             optuna_study.close()
             optuna_study.snapshot(launch.study_dir)
-            results.delete_dir(results.join(launch.study_dir, ".ray"))
+            storage.delete_dir(storage.join(launch.study_dir, ".ray"))
         if searcher.stopped:
             raise KeyboardInterrupt
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from raydisp import results
+from raydisp import results, storage
 from raydisp.config import StudyConfig
 from raydisp.errors import OutputError, RaydispError
 from raydisp.plan import StudyPlan, make_plan
@@ -75,11 +75,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         overrides.append(f"output={json.dumps(arguments.output)}")
     study = load_study(arguments.file, overrides)
-    study_dir = results.join(study.output, study.name)
+    study_dir = storage.join(study.output, study.name)
     if "://" not in study_dir:
         study_dir = os.path.abspath(os.path.expanduser(study_dir))
     _refuse_other_study(study, study_dir)
-    results.check_writable(study_dir)
+    storage.check_writable(study_dir)
     plan = make_plan(study, study_dir, arguments.address)
     if arguments.dry_run:
         print(plan.describe())
@@ -94,12 +94,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
     """A results folder belongs to one study: its file may only have grown in trials, or changed in effort."""
     try:
-        text = results.read_bytes(results.join(study_dir, "study.yaml")).decode()
+        text = storage.read_bytes(storage.join(study_dir, "study.yaml")).decode()
     except FileNotFoundError:
         return
     except (NotADirectoryError, IsADirectoryError):
         return  # check_writable says what is wrong
-    earlier = parse_study(text, results.join(study_dir, "study.yaml"))
+    earlier = parse_study(text, storage.join(study_dir, "study.yaml"))
     changed = differences(earlier, study)
     if changed:
         raise OutputError(
@@ -113,7 +113,7 @@ def _run_trials(study: StudyConfig, study_dir: str, plan: StudyPlan, arguments: 
     from raydisp.launch import prepare_launch
     from raydisp.progress import Progress
 
-    results.write_bytes(results.join(study_dir, "study.yaml"), dump_study(study).encode())
+    storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
     _say(arguments, plan.headline())
     with cluster.running_ray(arguments.address, verbose=arguments.verbose) as nodes:
         from raydisp.search import run_search

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import results, space
+from raydisp import results, space, storage
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, replace_fields, with_fields
 from raydisp.errors import ConfigError, DivergedError
 from raydisp.layers import resolve_layers
@@ -88,7 +88,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     row["ended_at"] = _utc(time.time())
     results.write_trial(assignment.study_dir, row, searched)
     # The trial has ended for good; only one that was interrupted goes on from its checkpoints.
-    results.delete_dir(results.join(assignment.study_dir, "checkpoints", assignment.name))
+    storage.delete_dir(storage.join(assignment.study_dir, "checkpoints", assignment.name))
     return row
 
 
@@ -188,7 +188,7 @@ def _train_distributed(
         run_config=RunConfig(
             # After the trial and its attempt, never the time: what Train stores can be told apart.
             name=f"{assignment.name}-attempt-{assignment.attempt}",
-            storage_path=results.join(assignment.study_dir, ".ray"),
+            storage_path=storage.join(assignment.study_dir, ".ray"),
             callbacks=[TuneReportCallback()],
             failure_config=FailureConfig(max_failures=0),
         ),
@@ -252,7 +252,7 @@ def train_share(
         seed=trial.seed,
         revision=revision,
     )
-    checkpoints = CheckpointFolder(results.join(assignment.study_dir, "checkpoints", assignment.name))
+    checkpoints = CheckpointFolder(storage.join(assignment.study_dir, "checkpoints", assignment.name))
     rows = None
     if layout.is_main:
         latest = checkpoints.load_latest()

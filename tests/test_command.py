@@ -13,7 +13,7 @@ import ray
 import yaml
 from conftest import WriteStudy, run_command
 
-from raydisp import results, space
+from raydisp import results, space, storage
 from raydisp.__main__ import main as raydisp_main
 from raydisp.config import StudyConfig
 from raydisp.study import main
@@ -182,8 +182,8 @@ def finished(study: StudyConfig, study_dir: str, trial: int) -> dict[str, Any]:
 @pytest.fixture
 def done(study: StudyConfig) -> Path:
     """A results folder in which every trial is finished."""
-    study_dir = results.join(study.output, study.name)
-    results.write_bytes(results.join(study_dir, "study.yaml"), dump_study(study).encode())
+    study_dir = storage.join(study.output, study.name)
+    storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
     for trial in range(4):
         finished(study, study_dir, trial)
     return Path(study_dir)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_row
 
-from raydisp import figures, page, report, results
+from raydisp import figures, page, report, results, storage
 from raydisp.config import Objective
 from raydisp.errors import OutputError
 
@@ -34,10 +34,10 @@ STUDY: dict[str, Any] = {
 def write_study(folder: Path, tables: results.Tables, study: dict[str, Any] | None = None) -> str:
     """A results folder as a study leaves it behind."""
     place = str(folder)
-    results.write_table(results.join(place, "trials", "all.parquet"), tables.trials)
-    results.write_table(results.join(place, "layers", "all.parquet"), tables.layers)
+    results.write_table(storage.join(place, "trials", "all.parquet"), tables.trials)
+    results.write_table(storage.join(place, "layers", "all.parquet"), tables.layers)
     text = yaml.safe_dump(STUDY if study is None else study)
-    results.write_bytes(results.join(place, "study.yaml"), text.encode())
+    storage.write_bytes(storage.join(place, "study.yaml"), text.encode())
     return place
 
 
@@ -191,7 +191,7 @@ def test_trials_of_unequal_budgets_are_pointed_out():
 def test_page_shows_the_study(tmp_path):
     tables = sample_tables()
     place = report.build_report(write_study(tmp_path, tables))
-    assert place == results.join(str(tmp_path), "report.html")
+    assert place == storage.join(str(tmp_path), "report.html")
     made = read_page(place)
     best = min(tables.trials.to_pylist()[1:], key=lambda row: row["val_loss"])
     assert f"Best of 8: trial {best['trial']} with val_loss {best['val_loss']:.3f}" in made.text

@@ -140,28 +140,3 @@ def test_foreign_and_truncated_files_are_named_and_left_out(
 def test_a_study_without_rows_has_empty_tables(tmp_path: Path) -> None:
     tables = results.read_tables(str(tmp_path))
     assert [tables.trials.num_rows, tables.steps.num_rows, tables.layers.num_rows] == [0, 0, 0]
-
-
-def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
-    results.check_writable(str(tmp_path / "a" / "b"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_check_writable_refuses_a_file_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("")
-    with pytest.raises(OutputError, match=r"taken is a file; choose another place with --output"):
-        results.check_writable(str(tmp_path / "taken" / "study"))
-
-
-def test_check_writable_refuses_a_place_that_takes_no_file() -> None:
-    with pytest.raises(OutputError, match="/proc/raydisp cannot be written"):
-        results.check_writable("/proc/raydisp")
-
-
-def test_uris_go_through_arrow(tmp_path: Path) -> None:
-    uri = f"file://{tmp_path}/deep/er"
-    results.write_bytes(results.join(uri, "x.bin"), b"abc")
-    assert results.read_bytes(results.join(uri, "x.bin")) == b"abc"
-    assert results.exists(results.join(uri, "x.bin"))
-    results.delete_dir(uri)
-    assert not results.exists(uri)

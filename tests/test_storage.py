@@ -1,0 +1,35 @@
+"""Files in folders and behind URIs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raydisp import storage
+from raydisp.errors import OutputError
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    storage.check_writable(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_writable_refuses_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OutputError, match=r"taken is a file; choose another place with --output"):
+        storage.check_writable(str(tmp_path / "taken" / "study"))
+
+
+def test_check_writable_refuses_a_place_that_takes_no_file() -> None:
+    with pytest.raises(OutputError, match="/proc/raydisp cannot be written"):
+        storage.check_writable("/proc/raydisp")
+
+
+def test_uris_go_through_arrow(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/deep/er"
+    storage.write_bytes(storage.join(uri, "x.bin"), b"abc")
+    assert storage.read_bytes(storage.join(uri, "x.bin")) == b"abc"
+    assert storage.exists(storage.join(uri, "x.bin"))
+    storage.delete_dir(uri)
+    assert not storage.exists(uri)
