@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,22 +25,32 @@ logger = logging.getLogger(__name__)
 _FILES = ("tensors.pt", "state.json")
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a trial goes on from."""
+
+    step: int
+    """Number of steps done."""
+    tensors: dict[str, Any]
+    """Nested dictionaries and lists of tensors, on the CPU, and plain numbers."""
+    state: dict[str, Any]
+    """What JSON can hold."""
+
+
 class CheckpointFolder:
     """The checkpoints of one trial, in a local folder or an object store."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, identity: str) -> None:
+        """Args: identity: of the trial (`TrialConfig.sha256`); checkpoints of another one are left out."""
         self.location = location
+        self._identity = identity
 
-    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write one checkpoint, then delete the older ones. One worker calls it.
-
-        Args:
-            step: number of steps done.
-            tensors: nested dictionaries and lists of tensors and plain numbers.
-            state: what JSON can hold.
-        """
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write one checkpoint, then delete the others. One worker calls it."""
+        step = checkpoint.step
         buffer = io.BytesIO()
-        torch.save(tensors, buffer)
+        torch.save(checkpoint.tensors, buffer)
+        state = {"trial": self._identity, "state": checkpoint.state}
         contents = {"tensors.pt": buffer.getvalue(), "state.json": json.dumps(state).encode()}
         folder = storage.join(self.location, f"step-{step:08d}")
         storage.delete_dir(folder)  # what a process that died here has left
@@ -48,11 +59,11 @@ class CheckpointFolder:
         marker = {name: _fingerprint(content) for name, content in contents.items()}
         storage.write_bytes(storage.join(folder, "COMPLETE"), json.dumps(marker).encode())
         for older in self._steps():
-            if older < step:
+            if older != step:
                 storage.delete_dir(storage.join(self.location, f"step-{older:08d}"))
 
-    def load_latest(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """The newest checkpoint that is whole: (step, tensors on the CPU, state), or None."""
+    def load_latest(self) -> Checkpoint | None:
+        """The newest checkpoint of this trial that is whole; None if there is none."""
         for step in sorted(self._steps(), reverse=True):
             folder = storage.join(self.location, f"step-{step:08d}")
             try:
@@ -65,8 +76,12 @@ class CheckpointFolder:
             if damaged:
                 logger.warning("%s is left out: %s is not what was written", folder, ", ".join(damaged))
                 continue
+            state = json.loads(contents["state.json"])
+            if state["trial"] != self._identity:
+                logger.warning("%s is left out: it is of a trial with other settings", folder)
+                continue
             tensors = torch.load(io.BytesIO(contents["tensors.pt"]), map_location="cpu", weights_only=True)
-            return step, tensors, json.loads(contents["state.json"])
+            return Checkpoint(step, tensors, state["state"])
         return None
 
     def delete(self) -> None:

@@ -153,6 +153,10 @@ def running_ray(address: str | None, *, verbose: bool) -> Iterator[list[Node]]:
             f"Ray {where} cannot be reached: {' '.join(str(error).split())[:300]}; check the address and "
             "that the cluster runs, or give --address local to start Ray here"
         ) from None
+    if not verbose:
+        # A trial that fails is a row and a line of ours; Ray would print its traceback in between.
+        for name in ("ray.tune", "ray.train", "ray.air"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield [
             Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))

@@ -33,7 +33,7 @@ from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.cluster import DRIVER_RESOURCES, Plan
 from raydisp.config import SearchConfig, StudyConfig
 from raydisp.parallel import derive_seed
-from raydisp.worker import Assignment, blank_row, run_attempt
+from raydisp.worker import Assignment, blank_row, checkpoint_dir, run_attempt
 
 logger = logging.getLogger(__name__)
 
@@ -239,29 +239,17 @@ class StudySearcher(Searcher):
         if assignment is None:
             return
         row = read_row(assignment)
-        if row is None and self.stopped:
-            row = lost_row(assignment, "interrupted", None, None)
-        elif row is None:
-            row = lost_row(
-                assignment,
-                "failed",
-                "ProcessLost",
-                "the trial's process ended without a word: killed, most often for want of memory",
-            )
+        if self.stopped and (row is None or row["status"] == "interrupted"):
+            return  # goes on with the next run of the command
+        if row is None or row["status"] == "interrupted":
+            row = lost_row(assignment, row)
         self._optuna.finish(row)
         self._optuna.snapshot(assignment.study_dir)
         self._on_finished(row)
 
     def stop(self) -> None:
-        """The user has stopped the study: trials that end from now on without a row were interrupted."""
+        """The user has stopped the study: trials that have not ended by themselves were interrupted."""
         self.stopped = True
-
-    def close_open_trials(self) -> None:
-        """After Tune has returned or failed: what it left open was interrupted."""
-        for assignment in self.running.values():
-            if read_row(assignment) is None:
-                lost_row(assignment, "interrupted", None, None)
-        self.running.clear()
 
     # Tune keeps copies of a searcher to restore it from; ours is rebuilt from rows, so they hold nothing.
     def save(self, checkpoint_path: str) -> None:
@@ -279,13 +267,22 @@ def read_row(assignment: Assignment) -> Row | None:
     return results.read_trial(assignment.study_dir, assignment.trial, assignment.attempt)
 
 
-def lost_row(assignment: Assignment, status: str, error_type: str | None, message: str | None) -> Row:
-    """Write and return the row of an attempt whose process could not write its own."""
+def lost_row(assignment: Assignment, begun: Row | None) -> Row:
+    """Write and return the row of an attempt whose process ended without a word, while the study went on.
+
+    Args:
+        begun: the row that the attempt left when it began, if it came so far.
+    """
     study = StudyConfig.model_validate(assignment.study)
-    row = blank_row(assignment, study, time.time())
-    row.update(status=status, error_type=error_type, error_message=message, started_at=None)
-    row["ended_at"] = results.now()
+    row = begun or {**blank_row(assignment, study, time.time()), "started_at": None}
+    row.update(
+        status="failed",
+        error_type="ProcessLost",
+        error_message="the trial's process ended without a word: killed, most often for want of memory",
+        ended_at=results.now(),
+    )
     results.write_trial(assignment.study_dir, row, space.column_types(study))
+    storage.delete_dir(checkpoint_dir(assignment))
     return row
 
 
@@ -302,7 +299,7 @@ def run_search(
         on_result: called with what a running trial reports: trial, step, num_tokens, val_loss, elapsed_s.
         on_finished: called with the row of each trial that ends.
     Raises:
-        KeyboardInterrupt: the user stopped it; open trials have rows by then.
+        KeyboardInterrupt: the user stopped it.
     """
     with tempfile.TemporaryDirectory(prefix="raydisp-") as scratch:
         optuna_study = OptunaStudy(launch.study, Path(scratch))
@@ -327,7 +324,6 @@ def run_search(
             with _graceful_stop(searcher.stop):
                 tuner.fit()
         finally:
-            searcher.close_open_trials()
             optuna_study.close()
             optuna_study.snapshot(launch.study_dir)
             storage.delete_dir(storage.join(launch.study_dir, ".ray"))

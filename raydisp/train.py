@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from raydisp.attach import DispersionTerm
-from raydisp.checkpoint import CheckpointFolder
+from raydisp.checkpoint import Checkpoint, CheckpointFolder
 from raydisp.config import TrainConfig, TrialConfig
 from raydisp.data import BatchLoader, TokenBlocks
 from raydisp.errors import DivergedError
@@ -64,10 +64,11 @@ def train(
     layout: Layout,
     rows: Rows | None = None,
     checkpoints: CheckpointFolder | None = None,
+    resume_from: Checkpoint | None = None,
     on_start: Callable[[], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Train a model as the trial says, going on from its latest checkpoint if there is one.
+    """Train a model as the trial says.
 
     Every worker of the layout calls it with the same arguments; only the main one writes. The result does
     not depend on the layout beyond float rounding (dropout aside).
@@ -75,7 +76,9 @@ def train(
     Args:
         model: a Hugging Face causal language model on the CPU, float32.
         rows: receives the rows of `steps`, `evals` and `layers`, on the main worker.
-        checkpoints: shared by all workers; none are made without it or without trial.checkpoint.every_tokens.
+        checkpoints: where the main worker saves them; none are made without it, or without
+            trial.checkpoint.every_tokens.
+        resume_from: go on from here; the same on all workers.
         on_start: called once before the first step of this attempt.
         on_evaluation: called on every worker after each evaluation, with step, num_tokens and val_loss.
     Raises:
@@ -91,12 +94,12 @@ def train(
     num_steps, tokens_per_step = trial.num_steps, trial.train.global_batch_tokens
     recent: collections.deque[float] = collections.deque(maxlen=max(1, num_steps // 10))
     first_step, earlier_s = 0, 0.0
-    if checkpoints is not None and (latest := checkpoints.load_latest()):
-        first_step, tensors, state = latest
-        model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        recent.extend(state["recent_lm_losses"])
-        earlier_s = state["train_s"]
+    if resume_from is not None:
+        first_step = resume_from.step
+        model.load_state_dict(resume_from.tensors["model"])
+        optimizer.load_state_dict(resume_from.tensors["optimizer"])
+        recent.extend(resume_from.state["recent_lm_losses"])
+        earlier_s = resume_from.state["train_s"]
 
     evaluate_every = trial.steps_between(trial.evaluate.every_tokens)
     checkpoint_every = trial.steps_between(trial.checkpoint.every_tokens) if checkpoints is not None else None
@@ -188,9 +191,11 @@ def train(
                         rows.flush(done)  # before the checkpoint: rows up to it are then safe
                     assert checkpoints is not None
                     checkpoints.save(
-                        done,
-                        {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-                        {"recent_lm_losses": list(recent), "train_s": elapsed_s()},
+                        Checkpoint(
+                            done,
+                            {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                            {"recent_lm_losses": list(recent), "train_s": elapsed_s()},
+                        )
                     )
         final = run_evaluation(num_steps, None)
         used = settings_in_use(model, optimizer, term, trial)

@@ -75,6 +75,8 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     searched = space.column_types(study)
     started = time.time()
     row = blank_row(assignment, study, started)
+    # There from the start: whatever is killed from now on, the study knows what to go on with.
+    results.write_trial(assignment.study_dir, row, searched)
     try:
         trial = _combined(study, assignment.values)
         row["config_sha256"] = trial.sha256
@@ -88,8 +90,13 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     row["ended_at"] = _utc(time.time())
     results.write_trial(assignment.study_dir, row, searched)
     # The trial has ended for good; only one that was interrupted goes on from its checkpoints.
-    storage.delete_dir(storage.join(assignment.study_dir, "checkpoints", assignment.name))
+    storage.delete_dir(checkpoint_dir(assignment))
     return row
+
+
+def checkpoint_dir(assignment: Assignment) -> str:
+    """Where the trial's checkpoints are, whichever attempt made them."""
+    return storage.join(assignment.study_dir, "checkpoints", assignment.name)
 
 
 def _combined(study: StudyConfig, values: Mapping[str, Any]) -> TrialConfig:
@@ -103,7 +110,7 @@ def _combined(study: StudyConfig, values: Mapping[str, Any]) -> TrialConfig:
 
 
 def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dict[str, Any]:
-    """The row of a trial of which nothing is known yet but its assignment."""
+    """The row of a trial that has begun: `interrupted`, until it is replaced by how the trial ended."""
     trial = study.trial
     row: dict[str, Any] = {
         "study": study.name,
@@ -111,6 +118,7 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "trial": assignment.trial,
         "attempt": assignment.attempt,
         "arm": assignment.arm,
+        "status": "interrupted",
         "seed": trial.seed,
         "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
         "world_size": study.resources.num_workers,
@@ -252,13 +260,15 @@ def train_share(
         seed=trial.seed,
         revision=revision,
     )
-    checkpoints = CheckpointFolder(storage.join(assignment.study_dir, "checkpoints", assignment.name))
+    checkpoints = CheckpointFolder(checkpoint_dir(assignment), trial.sha256)
+    resume_from = checkpoints.load_latest()
     rows = None
     if layout.is_main:
-        latest = checkpoints.load_latest()
-        resumed_step = latest[0] if latest else 0
         rows = results.RowWriter(
-            assignment.study_dir, assignment.trial, assignment.attempt, resumed_step=resumed_step
+            assignment.study_dir,
+            assignment.trial,
+            assignment.attempt,
+            resumed_step=resume_from.step if resume_from else 0,
         )
     first_step_at: list[float] = []
     result = train(
@@ -269,6 +279,7 @@ def train_share(
         layout=layout,
         rows=rows,
         checkpoints=checkpoints,
+        resume_from=resume_from,
         on_start=lambda: first_step_at.append(time.time()),
         on_evaluation=report,
     )

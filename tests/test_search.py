@@ -50,6 +50,10 @@ class Driver:
         row.update({"status": "completed", "val_loss": value, **columns})
         results.write_trial(self.study_dir, row, space.column_types(self.study))
 
+    def begin(self, assignment: Assignment) -> None:
+        row = blank_row(assignment, self.study, 0.0)
+        results.write_trial(self.study_dir, row, space.column_types(self.study))
+
     def run_all(self) -> list[dict[str, Any]]:
         values = []
         while (started := self.start()) is not None:
@@ -135,10 +139,13 @@ def test_no_trial_stays_running_in_optuna(
     assert driver.start() is not None, "the search goes on"
 
 
-def test_a_trial_that_lost_its_process_gets_a_row(eight: StudyConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_trial_that_lost_its_process_gets_a_row(eight: StudyConfig, tmp_path: Path, begun: bool) -> None:
     driver = Driver(eight, tmp_path)
     driver.start()
     trial_id, assignment = driver.start()
+    if begun:
+        driver.begin(assignment)
     driver.searcher.on_trial_complete(trial_id, error=True)
     row = results.read_trial(driver.study_dir, assignment.trial, 1)
     assert (row["status"], row["error_type"]) == ("failed", "ProcessLost")
@@ -153,8 +160,11 @@ def test_interrupted_trials_go_on_under_their_number(eight: StudyConfig, tmp_pat
     driver.write(baseline)
     driver.searcher.on_trial_complete(trial_id)
     open_trials = [driver.start()[1] for _ in range(2)]
+    for assignment in open_trials:
+        driver.begin(assignment)
     driver.searcher.stop()
-    driver.searcher.close_open_trials()
+    for number in (2, 3):
+        driver.searcher.on_trial_complete(str(number))
     driver.optuna.close()
     assert TrialState.RUNNING not in driver.states()
 
@@ -165,11 +175,18 @@ def test_interrupted_trials_go_on_under_their_number(eight: StudyConfig, tmp_pat
     assert again.start()[1].trial == 3
 
 
+def test_a_trial_that_never_began_is_suggested_anew(eight: StudyConfig, tmp_path: Path) -> None:
+    driver = Driver(eight, tmp_path)
+    for _ in range(3):
+        driver.start()
+    again = Driver(eight, tmp_path)
+    assert again.agenda.resumed == []
+    assert [again.start()[1].trial for _ in range(3)] == [0, 1, 2]
+
+
 def test_an_interrupted_baseline_goes_on_too(eight: StudyConfig, tmp_path: Path) -> None:
     driver = Driver(eight, tmp_path)
-    driver.start()
-    driver.searcher.stop()
-    driver.searcher.close_open_trials()
+    driver.begin(driver.start()[1])
     assignment = Driver(eight, tmp_path).start()[1]
     assert (assignment.trial, assignment.attempt, assignment.arm) == (0, 2, "baseline")
     assert assignment.values == {"dispersion.weight": 0.0}

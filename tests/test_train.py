@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raydisp import data, models
-from raydisp.checkpoint import CheckpointFolder
+from raydisp.checkpoint import Checkpoint, CheckpointFolder
 from raydisp.config import StudyConfig, TrainConfig, TrialConfig, replace_fields
 from raydisp.errors import DivergedError
 from raydisp.parallel import Layout, derive_seed
@@ -135,8 +135,8 @@ def test_a_trial_does_not_depend_on_the_global_generator(run: Run) -> None:
 @pytest.mark.parametrize("changes", [{}, {"model.dropout": 0.2}, {"dispersion.max_tokens": 5}], ids=str)
 def test_killed_and_continued_equals_never_killed(run: Run, tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {**changes, "checkpoint.every_tokens": 512, "train.weight_decay": 0.5}
-    whole, rows, model = run(changes, checkpoints=CheckpointFolder(str(tmp_path / "whole")))
-    folder = CheckpointFolder(str(tmp_path / "killed"))
+    whole, rows, model = run(changes, checkpoints=CheckpointFolder(str(tmp_path / "whole"), "x"))
+    folder = CheckpointFolder(str(tmp_path / "killed"), "x")
 
     class KilledError(Exception):
         pass
@@ -147,8 +147,9 @@ def test_killed_and_continued_equals_never_killed(run: Run, tmp_path: Path, chan
 
     with pytest.raises(KilledError):
         run(changes, checkpoints=folder, on_evaluation=kill)
-    assert folder.load_latest()[0] == 4
-    continued, later_rows, later_model = run(changes, checkpoints=folder)
+    latest = folder.load_latest()
+    assert latest.step == 4
+    continued, later_rows, later_model = run(changes, checkpoints=folder, resume_from=latest)
     assert later_rows.column("step") == list(range(5, 11))
     assert later_rows.column("loss") == rows.column("loss")[4:]
     assert continued.final.loss == whole.final.loss
@@ -162,9 +163,9 @@ def test_rows_are_flushed_before_each_checkpoint(run: Run, tmp_path: Path) -> No
     rows_seen: list[Rows] = []
 
     class Folder(CheckpointFolder):
-        def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-            flushed_at_save.append([step, *rows_seen[0].flushed[-1:]])
-            super().save(step, tensors, state)
+        def save(self, checkpoint: Checkpoint) -> None:
+            flushed_at_save.append([checkpoint.step, *rows_seen[0].flushed[-1:]])
+            super().save(checkpoint)
 
     original = Rows.__init__
 
@@ -174,7 +175,7 @@ def test_rows_are_flushed_before_each_checkpoint(run: Run, tmp_path: Path) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rows, "__init__", remember)
-        run({"checkpoint.every_tokens": 384}, checkpoints=Folder(str(tmp_path)))
+        run({"checkpoint.every_tokens": 384}, checkpoints=Folder(str(tmp_path), "x"))
     assert flushed_at_save == [[3, 3], [6, 6], [9, 9]]
 
 
