@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import queue
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import ray
+from tqdm import tqdm
 
 import raydisp
 from raydisp import storage
@@ -63,22 +67,32 @@ def prepare_launch(
 
 def _prepare_data(trial: TrialConfig, cache_dir: str, *, quiet: bool) -> str:
     """Make the token blocks in a Ray task, or find them; returns their folder."""
-    task = ray.remote(num_cpus=1, max_retries=0)(_prepare)
-    found = ray.get(task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd(), show=not quiet))
-    if isinstance(found, RaydispError):
-        raise found
-    return found
+    task = ray.remote(num_cpus=1, max_retries=0)(_prepare).options(num_returns="streaming")
+    with tqdm(desc="Tokenising", unit="B", unit_scale=True, delay=1, disable=quiet, leave=False) as bar:
+        for reference in task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd()):
+            told = ray.get(reference)
+            if isinstance(told, int):
+                bar.update(told)
+    if isinstance(told, RaydispError):
+        raise told
+    return told
 
 
-def _prepare(trial: dict[str, object], cache_dir: str, working_dir: str, *, show: bool) -> str | RaydispError:
+def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterator[int | str | RaydispError]:
+    """Yields bytes of text done since the last time, about once a second, and at last the folder."""
     from raydisp.data import prepare
 
     if os.path.isdir(working_dir):
         os.chdir(working_dir)
-    try:
-        return prepare(TrialConfig.model_validate(trial), cache_dir)
-    except RaydispError as error:
-        return error  # as a value: Ray would wrap it in an error of its own
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(prepare, TrialConfig.model_validate(trial), cache_dir, done.put)
+        while not wait([making], timeout=1.0).done:
+            yield sum(done.get() for _ in range(done.qsize()))
+        try:
+            yield making.result()
+        except RaydispError as error:
+            yield error  # as a value: Ray would wrap it in an error of its own
 
 
 def package_versions() -> dict[str, str]:
