@@ -7,6 +7,7 @@ import os
 import platform
 import queue
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -68,7 +69,8 @@ def prepare_launch(
 def _prepare_data(trial: TrialConfig, cache_dir: str, *, quiet: bool) -> str:
     """Make the token blocks in a Ray task, or find them; returns their folder."""
     task = ray.remote(num_cpus=1, max_retries=0)(_prepare).options(num_returns="streaming")
-    with tqdm(desc="Tokenising", unit="B", unit_scale=True, delay=1, disable=quiet, leave=False) as bar:
+    hidden = quiet or not sys.stderr.isatty()
+    with tqdm(desc="Tokenising", unit="B", unit_scale=True, delay=1, disable=hidden, leave=False) as bar:
         for reference in task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd()):
             told = ray.get(reference)
             if isinstance(told, int):
