@@ -41,7 +41,7 @@ class CheckpointFolder:
     """The checkpoints of one trial, in a local folder or an object store."""
 
     def __init__(self, location: str, identity: str) -> None:
-        """Args: identity: of the trial (`TrialConfig.sha256`); checkpoints of another one are left out."""
+        """Args: identity: of the trial, its data and its model; checkpoints of another are left out."""
         self.location = location
         self._identity = identity
 

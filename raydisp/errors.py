@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXIT_DONE, EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+"""What the commands return."""
+
 
 class RaydispError(Exception):
     """A mistake that the user can mend; its text is complete without a traceback."""

@@ -17,10 +17,10 @@ import ray
 from tqdm import tqdm
 
 import raydisp
-from raydisp import storage
+from raydisp.agenda import Agenda
 from raydisp.cluster import Node, plan_resources
 from raydisp.config import StudyConfig, TrialConfig
-from raydisp.errors import RaydispError
+from raydisp.errors import OutputError, RaydispError
 from raydisp.search import Launch
 
 PACKAGES = (
@@ -49,9 +49,11 @@ def prepare_launch(
 
     where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}" if len(nodes) > 1 else "Ray"
     plan = plan_resources(study, nodes, where=where)
-    cache_dir = storage.join(study.output, "cache")
-    if "://" not in cache_dir:
-        cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
+    if "://" in study.output:  # token blocks are memory-mapped: each node keeps its own
+        cache_dir = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "raydisp")
+    else:
+        cache_dir = os.path.join(study.output, ".cache")
+    cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
     revision = resolve_revision(study.model)
     return Launch(
         study=study,
@@ -64,6 +66,31 @@ def prepare_launch(
         packages=package_versions(),
         plan=plan,
     )
+
+
+def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
+    """Trials compare only on the same data from the same model: refuse to go on with others.
+
+    Raises:
+        OutputError: earlier rows of the study name other data or another model.
+    """
+    from raydisp.data import read_meta
+
+    if any(name.split(".")[0] in ("data", "model") for name in launch.study.search.space):
+        return  # such a study compares data or models
+    found = {
+        "data_sha256": read_meta(launch.prepared)["data_sha256"],
+        "model_revision": launch.model_revision,
+    }
+    for row in [*agenda.finished, *agenda.resumed]:
+        for column, now in found.items():
+            earlier = row[column]
+            if earlier is not None and earlier != now:
+                raise OutputError(
+                    f"{launch.study_dir}: trial {row['trial']} has {column} {earlier}, and now it is {now}: "
+                    f"the {column.split('_')[0]} changed, and new trials would not compare with the old. "
+                    "Restore it, or give the study another name (name:) or place (--output)"
+                )
 
 
 def _prepare_data(trial: TrialConfig, cache_dir: str, *, quiet: bool) -> str:
@@ -93,8 +120,14 @@ def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterato
             yield sum(done.get() for _ in range(done.qsize()))
         try:
             yield making.result()
+        # Errors as values: Ray would wrap them in one of its own.
         except RaydispError as error:
-            yield error  # as a value: Ray would wrap it in an error of its own
+            yield error
+        except OSError as error:
+            yield OutputError(
+                f"{cache_dir}: token blocks cannot be kept there: {error}; make the folder writable, free "
+                "some space, or choose another one with --output"
+            )
 
 
 def package_versions() -> dict[str, str]:

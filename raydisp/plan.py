@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from raydisp.agenda import Agenda, read_agenda
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
-from raydisp.config import Range, StudyConfig
+from raydisp.config import PathModel, Range, StudyConfig
 from raydisp.corpus import CorpusSummary
 from raydisp.data import check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
-from raydisp.models import ModelSummary, model_summary
+from raydisp.models import ModelSummary, load_tokenizer, model_summary
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class StudyPlan:
         """One line: what is about to run."""
         study = self.study
         return (
-            f"{study.name}: {self.agenda.num_trials} trials to run ({study.search.num_trials} search trials "
-            f"and the baseline in all), {study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, "
-            f"{self.model.num_parameters / 1e6:.1f} M parameters."
+            f"{study.name}: {_count(self.agenda.num_trials, 'trial')} to run "
+            f"({_count(study.search.num_trials, 'search trial')} and the baseline in all), "
+            f"{study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, "
+            f"{_rounded(self.model.num_parameters)} parameters."
         )
 
     @property
@@ -80,8 +81,9 @@ class StudyPlan:
         concurrent = self.resources.max_concurrent_trials if self.resources else 0
         if search.sampler == "tpe" and search.startup_trials < concurrent:
             found.append(
-                f"{concurrent} trials run at a time and only the first {search.startup_trials} are meant to "
-                "be random, but the first wave cannot learn from any result: all of it is as good as random"
+                f"{concurrent} trials run at a time, so the first {concurrent} learn from no result and are "
+                f"as good as random, not {search.startup_trials} (search.num_startup_trials); lower "
+                "resources.max_concurrent_trials if that matters"
             )
         changing = [name for name in search.space if name.startswith("data.") or name == "model.vocab_size"]
         if changing and search.objective.metric in ("val_loss", "val_perplexity", "train_loss"):
@@ -170,6 +172,8 @@ def make_plan(study: StudyConfig, study_dir: str, address: str | None) -> StudyP
         resources = plan_resources(study, [this_machine()], where="this machine")
     model = model_summary(study.model, study.data.context_length)
     _check_layers(study, model)
+    if isinstance(study.model, PathModel):
+        load_tokenizer(study.model)
     corpus = check_data(study.trial)
     return StudyPlan(study, study_dir, read_agenda(study, study_dir), model, corpus, resources)
 
@@ -194,6 +198,18 @@ def _dimension(dimension: Range | list[object]) -> str:
             text += ", logarithmic"
         return text + (f", in steps of {dimension.step:g}" if dimension.step is not None else "")
     return f"one of {', '.join(map(str, dimension))}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _rounded(number: float) -> str:
+    for unit in ("", " k", " M"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} G"
 
 
 def _size(num_bytes: float) -> str:

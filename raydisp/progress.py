@@ -62,7 +62,8 @@ class Progress:
         told = (
             f"{self._objective.metric} {value:.4f}" if value is not None else row.get("error_message") or ""
         )
-        left = (time.monotonic() - self._started) / self._done * (self._total - self._done)
+        elapsed_s, tokens = time.monotonic() - self._started, sum(self._tokens.values())
+        left = elapsed_s / tokens * (self._total * self._tokens_per_trial - tokens)
         tqdm.write(
             f"[{self._done}/{self._total}] trial {row['trial']} ({row['arm']}) {row['status']}: "
             f"{' '.join(told.split())[:160]}{self._told_best()}, about {_duration(left)} left",

@@ -5,7 +5,7 @@ and everything else can be rebuilt from them. Files are named after what they ho
 replaces it and never doubles a row:
 
     trials/trial-00003-attempt-1.parquet     one row
-    steps/trial-00003/from-00000050.parquet  rows of the steps after step 50 (evals and layers likewise)
+    steps/trial-00003/until-00000050.parquet rows up to step 50 (evals and layers likewise)
 
 A file appears only when it is whole (`storage`), so readers need no lock.
 """
@@ -201,10 +201,10 @@ class RowWriter:
         """Drop what an earlier attempt wrote past the step that this one goes on from (0: everything)."""
         self._study_dir = study_dir
         self._ids = {"trial": trial, "attempt": attempt}
-        self._since = resumed_step
         self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ROW_SCHEMAS}
+        self._written: set[str] = set()
         for name in ROW_SCHEMAS:
-            _drop_files_from(storage.join(study_dir, name, trial_name(trial)), resumed_step)
+            _drop_files_after(storage.join(study_dir, name, trial_name(trial)), resumed_step)
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
         """Add a row to one of the three tables; `trial` and `attempt` are filled in."""
@@ -216,17 +216,19 @@ class RowWriter:
         for name, rows in self._rows.items():
             if rows:
                 folder = storage.join(self._study_dir, name, trial_name(self._ids["trial"]))
-                file = storage.join(folder, f"from-{self._since:08d}.parquet")
+                file = storage.join(folder, f"until-{step:08d}.parquet")
+                assert file not in self._written, f"rows were added after {file} was written"
+                self._written.add(file)
                 write_table(file, pa.Table.from_pylist(rows, schema=ROW_SCHEMAS[name]))
         self._rows = {name: [] for name in ROW_SCHEMAS}
-        self._since = step
 
 
-def _drop_files_from(folder: str, step: int) -> None:
+def _drop_files_after(folder: str, step: int) -> None:
+    """Delete the files of later steps; of all, where the trial starts over at step 0."""
     filesystem, path = storage.resolve(folder)
     for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
-        match = re.fullmatch(r"from-(\d+)\.parquet", info.base_name)
-        if match is None or int(match[1]) >= step:
+        match = re.fullmatch(r"until-(\d+)\.parquet", info.base_name)
+        if match is None or step == 0 or int(match[1]) > step:
             filesystem.delete_file(info.path)
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import math
-import signal
 import sqlite3
 import tempfile
 import time
@@ -32,12 +31,11 @@ from raydisp import results, space, storage
 from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.cluster import DRIVER_RESOURCES, Plan
 from raydisp.config import SearchConfig, StudyConfig
+from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.parallel import derive_seed
 from raydisp.worker import Assignment, blank_row, checkpoint_dir, run_attempt
 
 logger = logging.getLogger(__name__)
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def make_sampler(search: SearchConfig, seed: int, trial: int) -> BaseSampler:
@@ -321,7 +319,7 @@ def run_search(
             ),
         )
         try:
-            with _graceful_stop(searcher.stop):
+            with stop_tune_on_interrupt(searcher.stop):
                 tuner.fit()
         finally:
             optuna_study.close()
@@ -370,25 +368,3 @@ class _Results(tune.Callback):
         assignment = self._running.get(trial.trial_id)
         if assignment is not None and "step" in result:
             self._on_result({"trial": assignment.trial, **result})
-
-
-@contextlib.contextmanager
-def _graceful_stop(on_interrupt: Callable[[], None]) -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM let Tune stop its trials and return; the second one ends the process."""
-    original = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-
-    def stop(number: int, frame: Any) -> None:
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.default_int_handler)
-        on_interrupt()
-        # Tune's own way to be stopped; its SIGINT handler is off so that we learn of the signal.
-        signal.raise_signal(signal.SIGUSR1)
-
-    signal.signal(signal.SIGUSR1, signal.default_int_handler)  # before Tune has set its handler
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        for number, handler in original.items():
-            signal.signal(number, handler)

@@ -20,8 +20,8 @@ KeyPath = tuple[str | int, ...]
 Values = dict[str, Any]
 """Searched values of one trial: dotted field name -> value as in the study file."""
 
-NOT_SEARCHED = ("seed", "evaluate", "checkpoint")
-"""Parts of a trial that cannot vary within a search: comparisons would no longer be fair."""
+NOT_SEARCHED = ("seed", "evaluate", "checkpoint", "train.budget_tokens")
+"""What cannot vary within a search: comparisons would no longer be fair."""
 
 
 def section_class(section: type[BaseModel], key: str, node: Any) -> type[BaseModel]:
@@ -45,7 +45,7 @@ def searchable_fields(study: StudyConfig) -> dict[str, Any]:
         if part in NOT_SEARCHED:
             continue
         for name, field in type(getattr(study, part)).model_fields.items():
-            if name != "source":
+            if name != "source" and f"{part}.{name}" not in NOT_SEARCHED:
                 fields[f"{part}.{name}"] = field.annotation
     return fields
 
@@ -64,8 +64,9 @@ def find_problem(study: StudyConfig, explain: Explain) -> tuple[KeyPath, str] | 
         place: KeyPath = ("search", "space", name)
         shown = f'search.space["{name}"]'
         if name not in fields:
-            if name.split(".")[0] in NOT_SEARCHED:
-                reason = f"{name.split('.')[0]} is the same in all trials of a study, so that they compare"
+            fixed = next((part for part in NOT_SEARCHED if f"{name}.".startswith(f"{part}.")), None)
+            if fixed:
+                reason = f"{fixed} is the same in all trials of a study, so that they compare"
             else:
                 reason = f"it names no field of a trial.{suggest(name, fields)}"
             return place, f"{shown} cannot be searched: {reason}"

@@ -7,8 +7,11 @@ skip (`_tmp-...`), flushed to the disk, and renamed. Object stores show an objec
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import socket
 import uuid
+from collections.abc import Iterator
 
 import pyarrow.fs as pafs
 
@@ -16,9 +19,22 @@ from raydisp.errors import OutputError
 
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and the path on it that a local path or a URI (`s3://...`, `gs://...`) means."""
+    """The file system and the path on it that a local path or a URI (`s3://...`, `gs://...`) means.
+
+    Raises:
+        OutputError: there is no such file system, or it cannot be reached.
+    """
+    if "\0" in location:
+        raise OutputError(f"{location!r} is no path: it holds a null character")
     if "://" in location:
-        return pafs.FileSystem.from_uri(location)
+        try:
+            filesystem, path = pafs.FileSystem.from_uri(location)
+        except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
+            reason = " ".join(str(error).split())[:300]
+            raise OutputError(
+                f"{location} cannot be reached: {reason}; give a folder, or a URI such as s3://bucket/folder"
+            ) from None
+        return filesystem, path
     return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
 
 
@@ -66,10 +82,48 @@ def write_bytes(location: str, content: bytes) -> None:
 
 
 def read_bytes(location: str) -> bytes:
-    """The content of a file. Raises FileNotFoundError where there is none."""
+    """The content of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OutputError: it cannot be read.
+    """
     filesystem, path = resolve(location)
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        return bytes(stream.read())
+    try:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(location) from None
+    except OSError as error:
+        raise OutputError(f"{location} cannot be read: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def exclusive(folder: str) -> Iterator[None]:
+    """Hold a local folder for this process alone; the lock ends with the process, however it ends.
+
+    Object stores have no such lock; there it does nothing.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    filesystem, path = resolve(folder)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        yield
+        return
+    filesystem.create_dir(path, recursive=True)
+    with open(os.path.join(path, ".lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OutputError(
+                f"{folder} is in use by another raydisp ({file.read().strip()}); wait for it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def delete_dir(location: str) -> None:

@@ -14,11 +14,17 @@ from collections.abc import Sequence
 
 from raydisp import results, storage
 from raydisp.config import StudyConfig
-from raydisp.errors import OutputError, RaydispError
+from raydisp.errors import (
+    EXIT_DONE,
+    EXIT_FAILED_TRIALS,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    OutputError,
+    RaydispError,
+)
+from raydisp.interrupts import terminate_as_interrupt
 from raydisp.plan import StudyPlan, make_plan
 from raydisp.studyfile import differences, dump_study, load_study, parse_study
-
-EXIT_DONE, EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,12 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(StudyConfig.model_json_schema(), indent=2))
         return EXIT_DONE
     try:
-        return _run(arguments)
+        with terminate_as_interrupt():
+            return _run(arguments)
     except RaydispError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues the study.", file=sys.stderr)
+        print(
+            "\nInterrupted; finished trials are kept. The same command continues the study.", file=sys.stderr
+        )
         return EXIT_INTERRUPTED
 
 
@@ -93,13 +102,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
     """A results folder belongs to one study: its file may only have grown in trials, or changed in effort."""
+    place = storage.join(study_dir, "study.yaml")
     try:
-        text = storage.read_bytes(storage.join(study_dir, "study.yaml")).decode()
+        text = storage.read_bytes(place).decode()
     except FileNotFoundError:
         return
-    except (NotADirectoryError, IsADirectoryError):
-        return  # check_writable says what is wrong
-    earlier = parse_study(text, storage.join(study_dir, "study.yaml"))
+    except UnicodeDecodeError:
+        raise OutputError(
+            f"{place} is not text: it was not written by raydisp; give another --output"
+        ) from None
+    earlier = parse_study(text, place)
     changed = differences(earlier, study)
     if changed:
         raise OutputError(
@@ -110,15 +122,21 @@ def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
 
 def _run_trials(study: StudyConfig, study_dir: str, plan: StudyPlan, arguments: argparse.Namespace) -> None:
     from raydisp import cluster
-    from raydisp.launch import prepare_launch
+    from raydisp.launch import prepare_launch, refuse_other_content
     from raydisp.progress import Progress
 
-    storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
     _say(arguments, plan.headline())
-    with cluster.running_ray(arguments.address, verbose=arguments.verbose) as nodes:
+    with (
+        storage.exclusive(study_dir),
+        cluster.running_ray(arguments.address, verbose=arguments.verbose) as nodes,
+        terminate_as_interrupt(),  # again: Ray has set a handler of its own
+    ):
         from raydisp.search import run_search
 
         launch = prepare_launch(study, study_dir, nodes, arguments.address, quiet=arguments.quiet)
+        refuse_other_content(launch, plan.agenda)
+        # Only now: a study that could not start leaves nothing that a mended file would differ from.
+        storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
         _say(arguments, f"Running {launch.plan.describe()}.")
         with Progress(study, plan, quiet=arguments.quiet) as progress:
             run_search(launch, plan.agenda, on_result=progress.on_result, on_finished=progress.on_finished)

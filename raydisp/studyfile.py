@@ -87,6 +87,11 @@ def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
         # What it stands for counts, not how it is spelt: half of num_trials would change as they grow.
         if tree["search"]["num_startup_trials"] is None:
             del tree["search"]["num_startup_trials"]
+        tree["evaluate"].pop("every_tokens")
+    if trees[0]["model"]["source"] != trees[1]["model"]["source"]:
+        trees = [{**tree, "model": {"source": tree["model"]["source"]}} for tree in trees]
+    if trees[0]["data"]["source"] != trees[1]["data"]["source"]:
+        trees = [{**tree, "data": {"source": tree["data"]["source"]}} for tree in trees]
     flat = [dict(_leaves(tree, ())) for tree in trees]
     paths = [path for path in {**flat[0], **flat[1]} if flat[0].get(path) != flat[1].get(path)]
     return [f"{_dotted(path)} ({_shown(flat[0].get(path))} -> {_shown(flat[1].get(path))})" for path in paths]
@@ -110,7 +115,9 @@ class _Source:
 
     def place(self, key_path: KeyPath) -> str:
         for path in self._overridden:
-            if key_path[: len(path)] == path:
+            # What stands below the override, or above it and only because of it.
+            below = key_path[: len(path)] == path
+            if below or (path[: len(key_path)] == key_path and key_path not in self._lines):
                 return f"--set {_dotted(path)}"
         for length in range(len(key_path), 0, -1):
             if key_path[:length] in self._lines:
@@ -148,6 +155,10 @@ def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int
             tree = loader.construct_document(node) if node is not None else None
         finally:
             loader.dispose()
+    except RecursionError:
+        raise ConfigError(
+            f"{name}: lists and mappings stand in each other too deeply, or without end"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -287,6 +298,8 @@ def _sentence(path: KeyPath, findings: Sequence[Mapping[str, Any]], tree: Any) -
             f'"{path[-1]}" is not a key {parent}; allowed: {", ".join(allowed)}.'
             f"{suggest(str(path[-1]), allowed)}"
         )
+    if kind == "invalid_key":
+        return f"{name} is a key that is not text; allowed are the names of fields"
     if kind == "missing":
         return f"{name} is missing; add it"
     if kind == "union_tag_not_found":

@@ -78,7 +78,7 @@ def train(
         rows: receives the rows of `steps`, `evals` and `layers`, on the main worker.
         checkpoints: where the main worker saves them; none are made without it, or without
             trial.checkpoint.every_tokens.
-        resume_from: go on from here; the same on all workers.
+        resume_from: go on from here; the same on all workers. Its tensors are let go once they are loaded.
         on_start: called once before the first step of this attempt.
         on_evaluation: called on every worker after each evaluation, with step, num_tokens and val_loss.
     Raises:
@@ -98,12 +98,13 @@ def train(
         first_step = resume_from.step
         model.load_state_dict(resume_from.tensors["model"])
         optimizer.load_state_dict(resume_from.tensors["optimizer"])
+        resume_from.tensors.clear()
         recent.extend(resume_from.state["recent_lm_losses"])
         earlier_s = resume_from.state["train_s"]
 
     evaluate_every = trial.steps_between(trial.evaluate.every_tokens)
     checkpoint_every = trial.steps_between(trial.checkpoint.every_tokens) if checkpoints is not None else None
-    started, steps_s = time.perf_counter(), 0.0
+    started, steps_s, done = time.perf_counter(), 0.0, first_step
 
     def elapsed_s() -> float:
         return earlier_s + time.perf_counter() - started
@@ -153,9 +154,9 @@ def train(
         ) as batches:
             for step, batch in enumerate(batches, start=first_step):
                 step_started = time.perf_counter()
-                lr = learning_rate_at(step, num_steps, trial.train)
+                factor = learning_rate_factor(step, num_steps, trial.train)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    lr = group["lr"] = group["peak_lr"] * factor
                 seed_step(trial.seed, step, layout)
                 losses = accumulate_gradients(wrapped, batch, term, trial, step, layout, micro, autocast)
                 grad_norm = clip_gradients(model, trial.train.grad_clip)
@@ -199,6 +200,11 @@ def train(
                     )
         final = run_evaluation(num_steps, None)
         used = settings_in_use(model, optimizer, term, trial)
+    except BaseException:
+        if rows is not None:
+            with contextlib.suppress(Exception):  # what ended the training is told, not this
+                rows.flush(done)
+        raise
     finally:
         if term is not None:
             term.remove()
@@ -288,26 +294,29 @@ def make_term(model: nn.Module, trial: TrialConfig) -> DispersionTerm | None:
 def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and embeddings only, not on biases and norms."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
+    for group in groups:
+        group["peak_lr"] = settings.learning_rate
     return torch.optim.AdamW(
         groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
     )
 
 
-def learning_rate_at(step: int, num_steps: int, settings: TrainConfig) -> float:
-    """Learning rate of step 0..num_steps-1: linear warm-up to the peak, then half a cosine.
+def learning_rate_factor(step: int, num_steps: int, settings: TrainConfig) -> float:
+    """Share of the peak learning rate in step 0..num_steps-1: linear warm-up, then half a cosine.
 
-    The warm-up reaches the peak with its last step; the cosine ends at min_learning_rate_frac of it.
+    The warm-up's last step and the cosine's first are at the peak. The cosine would reach
+    min_learning_rate_frac at step num_steps, so that no step is spent at a rate of 0.
     """
     warmup_steps = math.ceil(settings.warmup_frac * num_steps)
     if step < warmup_steps:
-        return settings.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps + 1) / max(1, num_steps - warmup_steps)
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
     floor = settings.min_learning_rate_frac
-    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
@@ -346,15 +355,12 @@ def micro_batch_sequences(trial: TrialConfig, layout: Layout, *, vocab_size: int
 def settings_in_use(
     model: nn.Module, optimizer: torch.optim.Optimizer, term: DispersionTerm | None, trial: TrialConfig
 ) -> dict[str, Any]:
-    """Settings read back from the live objects, for those that can be searched: what really ran.
-
-    The peak learning rate is read from the optimizer's defaults, which the schedule does not touch.
-    """
+    """Settings read back from the live objects, for those that can be searched: what really ran."""
     decayed = optimizer.param_groups[0]
     config = model_config(model)
     used: dict[str, Any] = {
         "num_layers": config.num_hidden_layers,
-        "train.learning_rate": optimizer.defaults["lr"],
+        "train.learning_rate": decayed["peak_lr"],
         "train.weight_decay": decayed["weight_decay"],
         "train.beta1": decayed["betas"][0],
         "train.beta2": decayed["betas"][1],

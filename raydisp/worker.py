@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import socket
 import time
@@ -27,6 +28,8 @@ from raydisp.studyfile import explain
 
 if TYPE_CHECKING:
     from raydisp.parallel import Layout
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -86,11 +89,15 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
             row[name] = space.column_value(in_the_words_of(trial, name, used), column)
         row.update(outcome, status="completed")
     except Exception as error:
-        row.update(describe_failure(error, study))
+        tokens_per_step = _dig(json.loads(row["config_json"]), "train.global_batch_tokens")
+        row.update(describe_failure(error, tokens_per_step))
     row["ended_at"] = _utc(time.time())
     results.write_trial(assignment.study_dir, row, searched)
     # The trial has ended for good; only one that was interrupted goes on from its checkpoints.
-    storage.delete_dir(checkpoint_dir(assignment))
+    try:
+        storage.delete_dir(checkpoint_dir(assignment))
+    except OSError as error:  # disk space, not a result
+        logger.warning("the checkpoints of %s stay: %s", assignment.name, error)
     return row
 
 
@@ -148,6 +155,12 @@ def in_the_words_of(trial: TrialConfig, name: str, used: Mapping[str, Any]) -> A
         told = resolve_layers(configured, used["num_layers"])
         return configured if list(told) == list(value) else list(value)
     return value
+
+
+def _dig(tree: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        tree = tree[name]
+    return tree
 
 
 def _field(trial: TrialConfig, dotted: str) -> Any:
@@ -247,7 +260,8 @@ def train_share(
     # The study has made its data and pinned its model once; a trial that varies them makes its own.
     varied = {name.split(".")[0] for name in assignment.values}
     folder = assignment.prepared
-    if varied & {"data", "model"}:
+    # Without a shared file system the study's folder is on another node.
+    if varied & {"data", "model"} or not os.path.isdir(folder):
         folder = data.prepare(trial, assignment.cache_dir)
     meta = data.read_meta(folder)
     revision = models.resolve_revision(trial.model) if "model" in varied else assignment.model_revision
@@ -260,7 +274,8 @@ def train_share(
         seed=trial.seed,
         revision=revision,
     )
-    checkpoints = CheckpointFolder(checkpoint_dir(assignment), trial.sha256)
+    identity = f"{trial.sha256} on data {meta['data_sha256']} from model {revision}"
+    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity)
     resume_from = checkpoints.load_latest()
     rows = None
     if layout.is_main:
@@ -323,7 +338,7 @@ def _device_name(device: Any) -> str:
 # --- endings -------------------------------------------------------------------------------------------
 
 
-def describe_failure(error: BaseException, study: StudyConfig) -> dict[str, Any]:
+def describe_failure(error: BaseException, tokens_per_step: int) -> dict[str, Any]:
     """Status and error columns for what ended an attempt."""
     cause, trace = _root_cause(error)
     columns: dict[str, Any] = {
@@ -335,7 +350,7 @@ def describe_failure(error: BaseException, study: StudyConfig) -> dict[str, Any]
     if isinstance(cause, DivergedError):
         columns["status"] = "diverged"
         columns["num_steps"] = cause.step - 1
-        columns["num_tokens"] = (cause.step - 1) * study.train.global_batch_tokens
+        columns["num_tokens"] = (cause.step - 1) * tokens_per_step
     return columns
 
 

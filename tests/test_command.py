@@ -13,9 +13,14 @@ import ray
 import yaml
 from conftest import WriteStudy, run_command
 
-from raydisp import results, space, storage
+from raydisp import data, results, space, storage
 from raydisp.__main__ import main as raydisp_main
+from raydisp.agenda import read_agenda
+from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
+from raydisp.errors import OutputError
+from raydisp.launch import refuse_other_content
+from raydisp.search import Launch
 from raydisp.study import main
 from raydisp.studyfile import dump_study
 
@@ -66,6 +71,13 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("more GPUs than exist", {"resources/gpus_per_worker": 64}, "needs 1 CPU and 64 GPUs"),
     ("more CPUs than exist", {"resources/cpus_per_worker": 1000}, "needs 1000 CPUs"),
     ("an output that takes no file", {"output": "/proc/raydisp"}, "/proc/raydisp"),
+    ("an output that is no place", {"output": "foo://bar"}, "foo://bar/tiny/study.yaml cannot be reached"),
+    ("an output with a null", {"output": "a\0b"}, "it holds a null character"),
+    (
+        "a budget that varies",
+        {"search/space": {"train.budget_tokens": [1280, 2560]}},
+        "is the same in all trials",
+    ),
 ]
 
 
@@ -209,6 +221,40 @@ def test_a_study_that_changed_is_refused(
     assert main([str(write_study(tree))]) == 2
     assert "differs from this one in train.learning_rate (0.01 -> 0.02)" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"name: [", b"a: &a [*a]"])
+def test_a_study_yaml_that_is_none(
+    tree: dict[str, Any],
+    write_study: WriteStudy,
+    done: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+) -> None:
+    (done / "study.yaml").write_bytes(content)
+    assert main([str(write_study(tree))]) == 2
+    assert "study.yaml" in capsys.readouterr().err
+    assert (done / "study.yaml").read_bytes() == content
+
+
+def test_changed_data_are_refused(study: StudyConfig, done: Path, tmp_path: Path) -> None:
+    prepared = data.prepare(study.trial, str(tmp_path / "cache"))
+    launch = Launch(study, str(done), "", "", prepared, "abc", "0", {}, Plan(1, 1.0, 0.0, 1))
+    agenda = read_agenda(study, str(done))
+    refuse_other_content(launch, agenda)  # rows that do not know their data are left alone
+    agenda.finished[1]["data_sha256"] = data.read_meta(prepared)["data_sha256"]
+    agenda.finished[1]["model_revision"] = "abc"
+    refuse_other_content(launch, agenda)
+    agenda.finished[2]["model_revision"] = "abd"
+    with pytest.raises(
+        OutputError, match="trial 2 has model_revision abd, and now it is abc: the model changed"
+    ):
+        refuse_other_content(launch, agenda)
+    agenda.finished[1]["data_sha256"] = "other"
+    with pytest.raises(
+        OutputError, match=r"trial 1 has data_sha256 other, and now it is \w+: the data changed"
+    ):
+        refuse_other_content(launch, agenda)
 
 
 def test_a_failed_trial_makes_the_exit_status_1(

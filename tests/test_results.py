@@ -91,6 +91,9 @@ def test_resuming_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
     for number in range(7, 11):
         second.add("steps", step(number))
     second.flush(10)
+    second.add("steps", step(10))
+    with pytest.raises(AssertionError, match="rows were added after"):
+        second.flush(10)
     table = results.read_table(str(tmp_path), "steps")
     assert sorted(table["step"].to_pylist()) == list(range(1, 11))
     assert dict(zip(table["step"].to_pylist(), table["attempt"].to_pylist(), strict=True)) == {

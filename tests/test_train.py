@@ -18,7 +18,7 @@ from raydisp.parallel import Layout, derive_seed
 from raydisp.train import (
     TrainResult,
     accumulate_gradients,
-    learning_rate_at,
+    learning_rate_factor,
     make_autocast,
     make_optimizer,
     make_term,
@@ -240,6 +240,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run: Run) -> None:
     assert rows[-1] < caught.value.step
 
 
+def test_what_was_done_before_the_end_is_flushed(run: Run) -> None:
+    seen: list[Rows] = []
+    original = Rows.flush
+
+    def flush(self: Rows, step: int) -> None:
+        seen.append(self)
+        original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "flush", flush)
+        with pytest.raises(DivergedError) as caught:
+            run({"train.learning_rate": 1e30, "train.grad_clip": None, "evaluate.every_tokens": None})
+    assert seen[-1].flushed == [0, caught.value.step - 1]
+    assert len(seen[-1].tables["steps"]) == caught.value.step - 1
+
+
 def test_bf16_autocast_learns_too(run: Run) -> None:
     result, _, model = run({"train.precision": "bf16", "train.budget_tokens": 5120})
     assert result.precision == "bf16"
@@ -251,16 +267,15 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(budget_tokens=1, global_batch_tokens=1, learning_rate=1.0, **changes)
 
 
-def test_learning_rate_warms_up_linearly_and_ends_as_half_a_cosine() -> None:
-    rates = [learning_rate_at(step, 10, settings(warmup_frac=0.2)) for step in range(10)]
-    assert rates[:2] == [0.5, 1.0]
-    expected = [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)]
-    assert rates[2:] == pytest.approx(expected)
-    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
-    floor = learning_rate_at(9, 10, settings(warmup_frac=0.2, min_learning_rate_frac=0.1))
-    assert floor == pytest.approx(0.1)
-    assert learning_rate_at(0, 1, settings(warmup_frac=1.0)) == 1.0
-    assert learning_rate_at(0, 2, settings(warmup_frac=0.0)) == pytest.approx(0.5)
+def test_learning_rate_warms_up_linearly_and_falls_as_half_a_cosine() -> None:
+    factors = [learning_rate_factor(step, 10, settings(warmup_frac=0.2)) for step in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)])
+    assert factors[-1] > 0.03, "no step is spent at a rate of 0"
+    floor = learning_rate_factor(9, 10, settings(warmup_frac=0.2, min_learning_rate_frac=0.1))
+    assert floor == pytest.approx(0.1 + 0.9 * factors[-1])
+    assert learning_rate_factor(0, 1, settings(warmup_frac=1.0)) == 1.0
+    assert learning_rate_factor(0, 2, settings(warmup_frac=0.0)) == 1.0
 
 
 def test_weight_decay_leaves_biases_and_norms_alone(study: StudyConfig, cache_dir: str) -> None:

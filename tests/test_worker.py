@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from raydisp import data, results
-from raydisp.config import StudyConfig
+from raydisp import data, results, train
+from raydisp.config import StudyConfig, replace_fields
 from raydisp.worker import Assignment, describe_failure, in_the_words_of, run_attempt
 
 
@@ -64,6 +64,9 @@ def test_a_trial_that_ends_well(tree: dict[str, Any], tmp_path: Path, cache_dir:
     assert [name for name in columns if stored[name] is None] == [], "nothing else is missing"
     tables = results.read_tables(str(tmp_path / "results"))
     assert tables.steps["step"].to_pylist() == list(range(1, 11))
+    losses = [row["step"] for row in tables.evals.to_pylist() if row["name"] == "loss"]
+    assert losses == [0, 4, 8, 10]
+    assert tables.layers["step"].to_pylist() == [0] * 3 + [4] * 3 + [8] * 3 + [10] * 3
     assert not (tmp_path / "results" / "checkpoints" / "trial-00001").exists()
 
 
@@ -87,7 +90,12 @@ ENDINGS = {
     ),
     # a 16 TB embedding
     "out of memory": ({"model.hidden_size": 2**33}, "failed", "RuntimeError", "allocate memory"),
-    "diverges": ({"train.learning_rate": 1e30, "train.grad_clip": None}, "diverged", "DivergedError", " is "),
+    "diverges": (
+        {"train.learning_rate": 1e30, "train.grad_clip": None, "train.global_batch_tokens": 256},
+        "diverged",
+        "DivergedError",
+        " is ",
+    ),
 }
 
 
@@ -105,7 +113,51 @@ def test_a_trial_that_ends_badly(tree: dict[str, Any], tmp_path: Path, cache_dir
     assert json.loads(stored["config_json"]), "what was tried is told"
     if status == "diverged":
         assert 1 <= stored["num_steps"] < 10
-        assert stored["num_tokens"] == stored["num_steps"] * 128
+        assert stored["num_tokens"] == stored["num_steps"] * 256
+        steps = results.read_table(str(tmp_path / "results"), "steps")["step"].to_pylist()
+        assert steps == list(range(1, stored["num_steps"] + 1)), "the curve up to the end is kept"
+
+
+def test_columns_are_read_back_from_the_live_objects(
+    tree: dict[str, Any], tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects that differ from the suggestion must show in the row: it is not the suggestion passed on."""
+    tree["search"]["space"] = {
+        "dispersion.weight": [0.3, 0.7],
+        "dispersion.temperature": [0.5, 1.0],
+        "dispersion.layers": ["all", "last"],
+        "train.learning_rate": [0.01, 0.02],
+        "model.num_layers": [2, 3],
+    }
+    make_term, make_optimizer = train.make_term, train.make_optimizer
+
+    def other_term(model: Any, trial: Any) -> Any:
+        changes = {"dispersion.weight": 0.7, "dispersion.temperature": 0.5, "dispersion.layers": "last"}
+        return make_term(model, replace_fields(trial, changes))
+
+    monkeypatch.setattr(train, "make_term", other_term)
+    monkeypatch.setattr(
+        train,
+        "make_optimizer",
+        lambda model, settings: make_optimizer(model, settings.model_copy(update={"learning_rate": 0.02})),
+    )
+    suggested = {
+        "dispersion.weight": 0.3,
+        "dispersion.temperature": 1.0,
+        "dispersion.layers": "all",
+        "train.learning_rate": 0.01,
+        "model.num_layers": 3,
+    }
+    row = run_attempt(assign(tree, tmp_path, cache_dir, values=suggested), lambda report: None)
+    assert {name: row[name] for name in suggested} == {
+        "dispersion.weight": 0.7,
+        "dispersion.temperature": 0.5,
+        "dispersion.layers": "[3]",
+        "train.learning_rate": 0.02,
+        "model.num_layers": 3,
+    }
+    steps = results.read_table(str(tmp_path / "results"), "steps")["learning_rate"].to_pylist()
+    assert max(steps) == 0.02
 
 
 def test_varied_data_are_made_by_the_trial(tree: dict[str, Any], tmp_path: Path, cache_dir: str) -> None:
@@ -123,7 +175,7 @@ def test_layers_are_told_in_the_words_of_the_trial_where_they_are_true(study: St
     assert in_the_words_of(study.trial, "train.global_batch_tokens", used) == 128
 
 
-def test_the_first_cause_is_told_not_the_collective_that_broke(study: StudyConfig) -> None:
+def test_the_first_cause_is_told_not_the_collective_that_broke() -> None:
     class WorkerError(Exception):
         def __init__(self, cause: Exception, trace: str) -> None:
             self._base_exc, self._traceback_str = cause, trace
@@ -133,6 +185,6 @@ def test_the_first_cause_is_told_not_the_collective_that_broke(study: StudyConfi
         0: WorkerError(RuntimeError("Connection closed by peer"), "x/torch/distributed/c10d.py"),
         1: WorkerError(ValueError("bad batch"), "x/raydisp/train.py"),
     }
-    columns = describe_failure(failure, study)
+    columns = describe_failure(failure, 128)
     assert (columns["error_type"], columns["error_message"]) == ("ValueError", "bad batch")
     assert columns["traceback"] == "x/raydisp/train.py"
