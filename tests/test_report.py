@@ -347,7 +347,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "file", "is a file"),
         (tmp_path / "empty", "holds no results"),
-        ("nonsense://x", "cannot be read"),
+        ("nonsense://x", "cannot be reached"),
     ]:
         assert report.main([str(argument)]) == 2
         printed = capsys.readouterr()
