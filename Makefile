@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install study test test-fast lint format clean
 
 help:
-	@echo "make study      run studies/weight_search.yaml: 10 minutes on 2 cores, no accelerator, no model hub"
+	@echo "make study      run studies/weight_search.yaml: 9 minutes on 2 cores, no accelerator, no model hub"
 	@echo "make test       lint, types and every test"
 	@echo "make test-fast  lint, types and the tests that need no Ray"
 	@echo "make format     format the code"
