@@ -499,6 +499,13 @@ def _nearest_multiples(value: int, unit: int) -> str:
     return f"the nearest that is: {near}"
 
 
+def field_of(tree: Any, dotted: str) -> Any:
+    """What stands under a dotted name in a tree of plain values, such as a row's `config_json`."""
+    for name in dotted.split("."):
+        tree = tree[name]
+    return tree
+
+
 def with_fields(config: TrialConfig, values: Mapping[str, Any]) -> dict[str, Any]:
     """A trial as a tree of plain values, with fields set by dotted name: {"dispersion.weight": 0.3}."""
     tree = config.model_dump(mode="json")

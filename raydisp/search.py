@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 from raydisp import results, space, storage
 from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.cluster import DRIVER_RESOURCES, Plan
-from raydisp.config import SearchConfig, StudyConfig
+from raydisp.config import SearchConfig, StudyConfig, field_of
 from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.parallel import derive_seed
 from raydisp.worker import Assignment, blank_row, checkpoint_dir, run_attempt
@@ -138,18 +138,12 @@ class OptunaStudy:
     def searched_values(self, row: Row) -> space.Values:
         """What a search trial was given, from its row."""
         config = json.loads(row["config_json"])
-        return {name: _dig(config, name) for name in self._config.search.space}
+        return {name: field_of(config, name) for name in self._config.search.space}
 
     @staticmethod
     def _attributes(row: Row) -> dict[str, Any]:
         kept = ("trial", "status", "num_tokens", "error_message")
         return {name: row[name] for name in kept if row.get(name) is not None}
-
-
-def _dig(tree: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        tree = tree[name]
-    return tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from raydisp import results, space, storage
-from raydisp.config import ScratchModel, StudyConfig, TrialConfig, replace_fields, with_fields
+from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
 from raydisp.errors import ConfigError, DivergedError
 from raydisp.layers import resolve_layers
 from raydisp.studyfile import explain
@@ -89,7 +89,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
             row[name] = space.column_value(in_the_words_of(trial, name, used), column)
         row.update(outcome, status="completed")
     except Exception as error:
-        tokens_per_step = _dig(json.loads(row["config_json"]), "train.global_batch_tokens")
+        tokens_per_step = field_of(json.loads(row["config_json"]), "train.global_batch_tokens")
         row.update(describe_failure(error, tokens_per_step))
     row["ended_at"] = _utc(time.time())
     results.write_trial(assignment.study_dir, row, searched)
@@ -155,12 +155,6 @@ def in_the_words_of(trial: TrialConfig, name: str, used: Mapping[str, Any]) -> A
         told = resolve_layers(configured, used["num_layers"])
         return configured if list(told) == list(value) else list(value)
     return value
-
-
-def _dig(tree: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        tree = tree[name]
-    return tree
 
 
 def _field(trial: TrialConfig, dotted: str) -> Any:
