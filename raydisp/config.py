@@ -31,6 +31,15 @@ SCHEMA_VERSION = 1
 
 MAX_SEED = 2**32 - 1
 
+EFFORT_FIELDS = (
+    "micro_batch_tokens",
+    "strategy",
+    "reshard_after_forward",
+    "activation_checkpointing",
+    "compile",
+)
+"""Fields of `train` that change memory and speed, and a result by rounding at most."""
+
 Variant = Literal[
     "angular_spread",
     "orthogonalization",
@@ -213,10 +222,27 @@ class TrainConfig(Section):
         Annotated[float, Field(gt=0.0)] | None, Field(description="global gradient norm; null: no clipping")
     ] = 1.0
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"],
-        Field(description="auto: bf16 autocast on a GPU that has it, else fp32"),
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Field(description="auto: bf16 autocast on a GPU that has it, else fp32; fp16 scales the loss"),
     ] = "auto"
-    strategy: Literal["ddp"] = "ddp"
+    tf32: Annotated[
+        bool, Field(description="float32 products of a GPU in TF32: faster, ten bits of mantissa")
+    ] = False
+    on_nonfinite: Annotated[
+        Literal["fail", "skip_step"],
+        Field(description="a loss or gradient that is not finite ends the trial, or only costs its step"),
+    ] = "fail"
+    strategy: Annotated[
+        Literal["ddp", "fsdp"],
+        Field(description="ddp: every worker holds the model; fsdp: weights and optimizer state are sharded"),
+    ] = "ddp"
+    reshard_after_forward: Annotated[
+        bool, Field(description="of fsdp: free gathered weights between forward and backward")
+    ] = True
+    activation_checkpointing: Annotated[
+        bool, Field(description="compute the blocks' activations again in backward: less memory, slower")
+    ] = False
+    compile: Annotated[bool, Field(description="torch.compile every block")] = False
 
 
 class DispersionConfig(Section):
@@ -371,9 +397,27 @@ class EvaluateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints that an interrupted trial goes on from; a finished trial leaves none behind."""
+    """Checkpoints that an interrupted trial goes on from: the last and the best are kept, and none of a
+    trial that has ended."""
 
     every_tokens: Annotated[Tokens | None, Field(description="rounded up to whole steps; null: none")] = None
+
+
+class FailuresConfig(Section):
+    """What a trial may lose before it counts as failed."""
+
+    max_failures: Annotated[
+        Int,
+        Field(
+            ge=0,
+            le=1000,
+            description="times that a trial goes on from its last checkpoint after a worker, its process or "
+            "its node was lost or hung; a node that gave notice does not count",
+        ),
+    ] = 2
+    collective_timeout_s: Annotated[
+        float, Field(gt=0.0, description="how long workers wait for one another before the trial is hung")
+    ] = 1800.0
 
 
 class ResourcesConfig(Section):
@@ -445,7 +489,7 @@ class TrialConfig(Section):
         fields = self.model_dump(
             mode="json",
             exclude_defaults=True,
-            exclude={"checkpoint": True, "train": {"micro_batch_tokens"}},
+            exclude={"checkpoint": True, "train": set(EFFORT_FIELDS)},
         )
         # A discriminator has no default, but say it outright: it decides what the other keys mean.
         fields["schema_version"] = SCHEMA_VERSION
@@ -471,6 +515,7 @@ class StudyConfig(TrialConfig):
     ]
     search: SearchConfig
     resources: ResourcesConfig = ResourcesConfig()
+    failures: FailuresConfig = FailuresConfig()
     output: Annotated[str, Field(min_length=1, description="folder; results go to <output>/<name>")] = (
         "results"
     )
@@ -478,6 +523,11 @@ class StudyConfig(TrialConfig):
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> StudyConfig:
         sequences, workers = self.sequences_per_step, self.resources.num_workers
+        if self.train.strategy == "fsdp" and workers == 1:
+            raise ValueError(
+                "train.strategy = fsdp shards the model over workers, and resources.num_workers = 1; use ddp, "
+                "or give the trial at least 2 workers"
+            )
         if sequences % workers:
             nearest = _nearest_multiples(self.train.global_batch_tokens, self.data.context_length * workers)
             raise ValueError(

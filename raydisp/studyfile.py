@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from raydisp import space
-from raydisp.config import StudyConfig
+from raydisp.config import EFFORT_FIELDS, StudyConfig
 from raydisp.errors import ConfigError, suggest
 
 KeyPath = tuple[str | int, ...]
@@ -72,7 +72,7 @@ def dump_study(study: StudyConfig) -> str:
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-EFFORT = ("output", "resources", "checkpoint")
+EFFORT = ("output", "resources", "checkpoint", "failures")
 """Parts of a study file that do not change what a trial finds."""
 
 
@@ -83,7 +83,9 @@ def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
     """
     trees = [study.model_dump(mode="json", exclude=set(EFFORT)) for study in (earlier, later)]
     for tree in trees:
-        del tree["search"]["num_trials"], tree["train"]["micro_batch_tokens"]
+        del tree["search"]["num_trials"]
+        for name in EFFORT_FIELDS:
+            del tree["train"][name]
         # What it stands for counts, not how it is spelt: half of num_trials would change as they grow.
         if tree["search"]["num_startup_trials"] is None:
             del tree["search"]["num_startup_trials"]
