@@ -494,8 +494,13 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         depth: int = 2,
+        pin_memory: bool = False,
     ) -> None:
-        """Start reading; `depth` batches, at least 1, are kept ready."""
+        """Start reading; `depth` batches, at least 1, are kept ready.
+
+        Args:
+            pin_memory: in page-locked memory, from which a copy to a GPU does not wait.
+        """
         self._ready: queue.Queue[torch.Tensor | BaseException | None] = queue.Queue(depth)
         self._stop = threading.Event()
 
@@ -503,7 +508,8 @@ class BatchLoader:
             last: BaseException | None = None
             try:
                 for step in range(first_step, num_steps):
-                    if not self._put(load_batch(blocks, seed, step, sequences_per_step, rank, world_size)):
+                    batch = load_batch(blocks, seed, step, sequences_per_step, rank, world_size)
+                    if not self._put(batch.pin_memory() if pin_memory else batch):
                         return
             except BaseException as error:
                 last = error

@@ -41,9 +41,41 @@ class DivergedError(Exception):
     """Loss or gradient stopped being finite; carries the step at which it was seen."""
 
     def __init__(self, step: int, quantity: str, value: float) -> None:
-        super().__init__(f"{quantity} is {value} at step {step}")
+        super().__init__(step, quantity, value)  # all of it, so that it survives pickling
         self.step = step
         self.quantity = quantity
+        self.value = value
+
+    def __str__(self) -> str:
+        return f"{self.quantity} is {self.value} at step {self.step}"
+
+
+class OutOfMemoryError(Exception):
+    """A forward or backward pass did not fit into memory; carries what may be made smaller."""
+
+    def __init__(self, step: int, micro_batch_tokens: int, reason: str) -> None:
+        super().__init__(step, micro_batch_tokens, reason)
+        self.step = step
+        self.micro_batch_tokens = micro_batch_tokens
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"out of memory at step {self.step} with micro-batches of {self.micro_batch_tokens} tokens: "
+            f"{self.reason}"
+        )
+
+
+class PreemptedError(Exception):
+    """The machine is about to be taken away; a checkpoint of the step has been saved, if there are any."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(step, reason)
+        self.step = step
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"stopped after step {self.step}: {self.reason}"
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

@@ -46,6 +46,8 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "config_sha256": pa.string(),  # the trial's identity
     "num_steps": pa.int64(),  # really done
     "num_tokens": pa.int64(),  # really seen
+    "num_skipped_steps": pa.int64(),  # of num_steps: not used, because the gradient was not finite
+    "resumed_step": pa.int64(),  # the step that this attempt went on from; 0: it began anew
     "train_loss": pa.float64(),  # nats per token, cross-entropy alone, mean over the last tenth of the steps
     "val_loss": pa.float64(),  # nats per token, whole validation split
     "val_perplexity": pa.float64(),
@@ -59,7 +61,8 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "peak_memory_bytes": pa.int64(),  # of one worker: CUDA's peak, else the process's resident peak
     "world_size": pa.int32(),
     "strategy": pa.string(),
-    "precision": pa.string(),  # resolved: fp32 | bf16
+    "precision": pa.string(),  # resolved: fp32 | bf16 | fp16
+    "micro_batch_tokens": pa.int64(),  # per forward pass of one worker; null where none was made
     "device": pa.string(),
     "hostname": pa.string(),
     "data_sha256": pa.string(),
@@ -69,6 +72,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "error_type": pa.string(),
     "error_message": pa.string(),
     "traceback": pa.string(),
+    "note": pa.string(),  # what a reader should know of an attempt that otherwise looks like any other
     "started_at": _timestamp,
     "ended_at": _timestamp,
 }
@@ -181,6 +185,14 @@ def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | Non
         return None
 
 
+def read_attempts(study_dir: str, trial: int) -> list[dict[str, Any]]:
+    """The rows of all attempts of a trial, in order."""
+    rows = []
+    while (row := read_trial(study_dir, trial, len(rows) + 1)) is not None:
+        rows.append(row)
+    return rows
+
+
 def now() -> datetime.datetime:
     """The present, in UTC, as rows have it."""
     return datetime.datetime.now(tz=datetime.UTC)
@@ -286,10 +298,13 @@ def _read_files(folder: str, base: pa.Schema) -> Iterator[pa.Table]:
         except (OSError, pa.ArrowException) as error:
             logger.warning("%s is left out: it is not a whole Parquet file (%s)", info.path, error)
             continue
-        missing = [field.name for field in base if field.name not in table.column_names]
-        if missing:
-            logger.warning("%s is left out: it has no column %s", info.path, ", ".join(missing))
+        missing = [field for field in base if field.name not in table.column_names]
+        if missing and b"raydisp.schema_version" not in (table.schema.metadata or {}):
+            names = ", ".join(field.name for field in missing)
+            logger.warning("%s is left out: it has no column %s", info.path, names)
             continue
+        for field in missing:  # written before there was this column
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         yield table.replace_schema_metadata(None)
 
 

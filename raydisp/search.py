@@ -7,6 +7,7 @@ to report is lost, and the Optuna study can be rebuilt from rows at any time.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -27,10 +28,11 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 
-from raydisp import results, space, storage
+from raydisp import results, retries, space, storage
 from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.cluster import DRIVER_RESOURCES, Plan
 from raydisp.config import SearchConfig, StudyConfig, field_of
+from raydisp.errors import OutputError
 from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.parallel import derive_seed
 from raydisp.worker import Assignment, blank_row, checkpoint_dir, run_attempt
@@ -195,6 +197,7 @@ class StudySearcher(Searcher):
         self._optuna = optuna_study
         self._on_finished = on_finished
         self.running: dict[str, Assignment] = {}
+        self._again: collections.deque[Assignment] = collections.deque()
         self.stopped = False
         for row in agenda.finished:
             if row["trial"] != BASELINE:
@@ -215,28 +218,37 @@ class StudySearcher(Searcher):
         for trial in agenda.new:
             yield launch.assign(trial, 1, "search", self._optuna.suggest(trial))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next assignment as a dictionary, or that there is none."""
-        assignment = next(self._todo, None)
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next assignment as a dictionary; None: none as yet; or that there will be none."""
+        assignment = self._again.popleft() if self._again else next(self._todo, None)
         if assignment is None:
-            return Searcher.FINISHED
+            # One that runs now may have to go on in another process.
+            return None if self.running else Searcher.FINISHED
         self.running[trial_id] = assignment
         return dataclasses.asdict(assignment)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Close a trial by its row; a trial without one has lost its process, and gets a row that says so."""
+        """Close a trial by its row, or put it up again; one whose process was lost gets a row that says so."""
         assignment = self.running.pop(trial_id, None)
         if assignment is None:
             return
-        row = read_row(assignment)
-        if self.stopped and (row is None or row["status"] == "interrupted"):
+        attempts = results.read_attempts(assignment.study_dir, assignment.trial)
+        begun = attempts[-1] if len(attempts) >= assignment.attempt else None
+        if self.stopped and (begun is None or begun["status"] == "interrupted"):
             return  # goes on with the next run of the command
-        if row is None or row["status"] == "interrupted":
-            row = lost_row(assignment, row)
+        row = begun
+        if row is None or (row["status"] == "interrupted" and row["ended_at"] is None):
+            row = lost_row(assignment, attempts, begun)
+        if row["status"] == "interrupted":
+            self._again.append(dataclasses.replace(assignment, attempt=row["attempt"] + 1))
+            return
         self._optuna.finish(row)
-        self._optuna.snapshot(assignment.study_dir)
+        try:
+            self._optuna.snapshot(assignment.study_dir)
+        except OutputError as problem:  # a copy for readers; the next one may do better
+            logger.warning("%s", problem)
         self._on_finished(row)
 
     def stop(self) -> None:
@@ -254,27 +266,34 @@ class StudySearcher(Searcher):
         return {}
 
 
-def read_row(assignment: Assignment) -> Row | None:
-    """The row of this attempt, if it has been written."""
-    return results.read_trial(assignment.study_dir, assignment.trial, assignment.attempt)
-
-
-def lost_row(assignment: Assignment, begun: Row | None) -> Row:
+def lost_row(assignment: Assignment, attempts: Sequence[Row], begun: Row | None) -> Row:
     """Write and return the row of an attempt whose process ended without a word, while the study went on.
 
     Args:
-        begun: the row that the attempt left when it began, if it came so far.
+        attempts: rows of all attempts of the trial so far.
+        begun: the last of them, if it is the row that the lost attempt left when it began.
+    Returns:
+        The row, `interrupted` where the trial goes on.
     """
     study = StudyConfig.model_validate(assignment.study)
-    row = begun or {**blank_row(assignment, study, time.time()), "started_at": None}
+    row: Row = dict(begun or {**blank_row(assignment, study, time.time()), "started_at": None})
     row.update(
         status="failed",
         error_type="ProcessLost",
         error_message="the trial's process ended without a word: killed, most often for want of memory",
         ended_at=results.now(),
     )
-    results.write_trial(assignment.study_dir, row, space.column_types(study))
-    storage.delete_dir(checkpoint_dir(assignment))
+    earlier = [attempt for attempt in attempts if attempt["attempt"] < row["attempt"]]
+    context_length = field_of(json.loads(row["config_json"]), "data.context_length")
+    max_failures = study.failures.max_failures
+    if retries.goes_on([*earlier, row], context_length=context_length, max_failures=max_failures):
+        row["status"] = "interrupted"
+    try:
+        results.write_trial(assignment.study_dir, row, space.column_types(study))
+        if row["status"] == "failed":
+            storage.delete_dir(checkpoint_dir(assignment))
+    except (OutputError, OSError) as problem:
+        logger.error("%s: %s", assignment.name, problem)
     return row
 
 

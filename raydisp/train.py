@@ -8,10 +8,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-import resource
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,13 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from raydisp.attach import DispersionTerm
-from raydisp.checkpoint import Checkpoint, CheckpointFolder
-from raydisp.config import TrainConfig, TrialConfig
+from raydisp.checkpoint import CheckpointFolder, Saved
+from raydisp.config import TrialConfig
 from raydisp.data import BatchLoader, TokenBlocks
-from raydisp.errors import DivergedError
+from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.evaluate import Evaluation, evaluate, token_losses
 from raydisp.layers import unwrap
-from raydisp.parallel import Layout, all_reduce_sum, derive_seed, gradient_sync, seed_step, wrap_ddp
+from raydisp.memory import is_out_of_memory, micro_batch_sequences, peak_memory_bytes
+from raydisp.optimizer import allocate_moments, learning_rate_factor, make_optimizer, training_tensors
+from raydisp.parallel import (
+    Layout,
+    all_reduce_sum,
+    clip_gradients,
+    derive_seed,
+    gradient_sync,
+    parallelise,
+    seed_step,
+)
+from raydisp.precision import LossScale, make_autocast, resolve_precision, use_tf32
+
+MAX_SKIPPED_IN_A_ROW = 100
+"""Steps without a finite gradient, one after the other, that `on_nonfinite: skip_step` bears: a model whose
+every gradient is broken does not mend."""
+
+INTERRUPTION_POLL_S = 5.0
+"""About how often the workers ask whether their machines are about to be taken away."""
 
 
 class Rows(Protocol):
@@ -42,17 +58,78 @@ class TrainResult:
 
     num_steps: int
     num_tokens: int
-    train_loss: float
-    """Cross-entropy, nats per token, mean over the last tenth of the steps."""
+    num_skipped_steps: int
+    """Steps of these whose gradient was not finite and not used."""
+    train_loss: float | None
+    """Cross-entropy, nats per token, mean over the last tenth of the steps; None if all of them were
+    skipped."""
     final: Evaluation
     train_s: float
     """Seconds in the loop over all attempts: steps, evaluations, checkpoints."""
     tokens_per_s: float | None
     """Of the steps alone, in this attempt; None if it made none."""
     peak_memory_bytes: int
+    micro_batch_tokens: int
     precision: str
     used: dict[str, Any]
     """Settings read back from the live optimizer, dispersion term and model: dotted field name -> value."""
+
+
+@dataclass
+class _Progress:
+    """What a training knows besides its tensors; a checkpoint holds it as JSON."""
+
+    step: int
+    """Number of steps done."""
+    num_skipped_steps: int
+    skipped_in_a_row: int
+    recent_lm_losses: collections.deque[float]
+    loss_scale: LossScale | None
+    """Of fp16."""
+    train_s: float
+    """In earlier attempts."""
+
+    @classmethod
+    def start(cls, trial: TrialConfig, precision: str) -> _Progress:
+        recent: collections.deque[float] = collections.deque(maxlen=max(1, trial.num_steps // 10))
+        return cls(0, 0, 0, recent, LossScale() if precision == "fp16" else None, 0.0)
+
+    def resume(self, saved: Saved) -> None:
+        state = saved.state
+        self.step = saved.step
+        self.num_skipped_steps = state["num_skipped_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.recent_lm_losses.extend(state["recent_lm_losses"])
+        self.train_s = state["train_s"]
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale.value, self.loss_scale.good_steps = state["loss_scale"]
+
+    def state(self, train_s: float) -> dict[str, Any]:
+        scale = self.loss_scale
+        return {
+            "num_skipped_steps": self.num_skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "recent_lm_losses": list(self.recent_lm_losses),
+            "loss_scale": None if scale is None else [scale.value, scale.good_steps],
+            "train_s": train_s,
+        }
+
+    def keep_step(self, lm_loss: float) -> None:
+        self.skipped_in_a_row = 0
+        self.recent_lm_losses.append(lm_loss)
+        if self.loss_scale is not None:
+            self.loss_scale.grow()
+
+    def skip_step(self, quantity: str, value: float, *, fail: bool) -> None:
+        """Count a step whose gradient cannot be used, or end the training for it.
+
+        A gradient of fp16 that overflows beside a finite loss is what loss scaling expects.
+        """
+        scaled = quantity != "loss" and self.loss_scale is not None and self.loss_scale.shrink()
+        self.skipped_in_a_row += 1
+        if (fail and not scaled) or self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise DivergedError(self.step + 1, quantity, value)
+        self.num_skipped_steps += 1
 
 
 def train(
@@ -64,50 +141,56 @@ def train(
     layout: Layout,
     rows: Rows | None = None,
     checkpoints: CheckpointFolder | None = None,
-    resume_from: Checkpoint | None = None,
+    resume_from: Saved | None = None,
     on_start: Callable[[], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    interruption: Callable[[], str | None] | None = None,
 ) -> TrainResult:
     """Train a model as the trial says.
 
-    Every worker of the layout calls it with the same arguments; only the main one writes. The result does
-    not depend on the layout beyond float rounding (dropout aside).
+    Every worker of the layout calls it with the same arguments; only the main one writes rows. The result
+    does not depend on the layout beyond float rounding (dropout aside). After an error on one worker, it
+    starts no exchange with the others.
 
     Args:
         model: a Hugging Face causal language model on the CPU, float32.
         rows: receives the rows of `steps`, `evals` and `layers`, on the main worker.
-        checkpoints: where the main worker saves them; none are made without it, or without
+        checkpoints: where they are saved, by all workers together; none are made without it, or without
             trial.checkpoint.every_tokens.
-        resume_from: go on from here; the same on all workers. Its tensors are let go once they are loaded.
+        resume_from: go on from here: what `checkpoints.find` returned.
         on_start: called once before the first step of this attempt.
         on_evaluation: called on every worker after each evaluation, with step, num_tokens and val_loss.
+        interruption: called on all workers at the same steps, about every INTERRUPTION_POLL_S; why this
+            machine must be left now, if it must: the same on all workers.
     Raises:
         DivergedError: the loss or the gradient is not finite; raised on all workers at the same step,
             before the optimizer used it.
+        OutOfMemoryError: a forward or backward pass did not fit.
+        PreemptedError: `interruption` gave a reason; a checkpoint is saved first.
+        CheckpointError: resume_from is of another model.
+        OutputError: a checkpoint cannot be written.
     """
     precision = resolve_precision(trial.train.precision, layout.device)
+    use_tf32(trial.train.tf32)
     autocast = make_autocast(precision, layout.device)
     term = make_term(model, trial)
-    wrapped = wrap_ddp(model, layout)
+    wrapped = parallelise(model, layout, trial.train, precision)
     optimizer = make_optimizer(model, trial.train)
     micro = micro_batch_sequences(trial, layout, vocab_size=model_config(model).vocab_size)
     num_steps, tokens_per_step = trial.num_steps, trial.train.global_batch_tokens
-    recent: collections.deque[float] = collections.deque(maxlen=max(1, num_steps // 10))
-    first_step, earlier_s = 0, 0.0
+    progress = _Progress.start(trial, precision)
     if resume_from is not None:
-        first_step = resume_from.step
-        model.load_state_dict(resume_from.tensors["model"])
-        optimizer.load_state_dict(resume_from.tensors["optimizer"])
-        resume_from.tensors.clear()
-        recent.extend(resume_from.state["recent_lm_losses"])
-        earlier_s = resume_from.state["train_s"]
-
+        assert checkpoints is not None
+        allocate_moments(model, optimizer, resume_from.names)
+        checkpoints.load(resume_from, training_tensors(model, optimizer))
+        progress.resume(resume_from)
+    first_step = progress.step
     evaluate_every = trial.steps_between(trial.evaluate.every_tokens)
     checkpoint_every = trial.steps_between(trial.checkpoint.every_tokens) if checkpoints is not None else None
-    started, steps_s, done = time.perf_counter(), 0.0, first_step
+    started, steps_s = time.perf_counter(), 0.0
 
     def elapsed_s() -> float:
-        return earlier_s + time.perf_counter() - started
+        return progress.train_s + time.perf_counter() - started
 
     def run_evaluation(step: int, max_tokens: int | None) -> Evaluation:
         evaluation = evaluate(
@@ -137,11 +220,19 @@ def train(
             )
         return evaluation
 
+    def save_checkpoint(val_loss: float | None, *, wait: bool = False) -> None:
+        assert checkpoints is not None
+        if rows is not None:
+            rows.flush(progress.step)  # before the checkpoint: rows up to it are then safe
+        tensors = training_tensors(model, optimizer)
+        checkpoints.save(progress.step, tensors, progress.state(elapsed_s()), value=val_loss, wait=wait)
+
     try:
         if first_step == 0:
             run_evaluation(0, trial.evaluate.max_tokens)
         if on_start is not None:
             on_start()
+        asked = _Interruption(interruption, layout, first_step)
         wrapped.train()
         with BatchLoader(
             train_blocks,
@@ -151,6 +242,7 @@ def train(
             num_steps=num_steps,
             rank=layout.rank,
             world_size=layout.world_size,
+            pin_memory=layout.device.type == "cuda",
         ) as batches:
             for step, batch in enumerate(batches, start=first_step):
                 step_started = time.perf_counter()
@@ -158,19 +250,27 @@ def train(
                 for group in optimizer.param_groups:
                     lr = group["lr"] = group["peak_lr"] * factor
                 seed_step(trial.seed, step, layout)
-                losses = accumulate_gradients(wrapped, batch, term, trial, step, layout, micro, autocast)
-                grad_norm = clip_gradients(model, trial.train.grad_clip)
+                scale = 1.0 if progress.loss_scale is None else progress.loss_scale.value
+                with _memory_limit_told(step + 1, micro * trial.data.context_length):
+                    losses = accumulate_gradients(
+                        wrapped, batch, term, trial, step, layout, micro, autocast, loss_scale=scale
+                    )
+                    grad_norm = clip_gradients(model.parameters(), trial.train.grad_clip, unscale=1 / scale)
+                # The one wait for the device in a step. The numbers are the same on all workers: all of them
+                # use this gradient, or none.
                 lm_loss, dispersion, norm = torch.stack([*losses, grad_norm.to(losses[0])]).tolist()
                 loss = lm_loss + (term.weight * dispersion if term is not None else 0.0)
-                # The same numbers on all workers: all of them stop here, or none.
-                for quantity, value in (("loss", loss), ("gradient norm", norm)):
-                    if not math.isfinite(value):
-                        raise DivergedError(step + 1, quantity, value)
-                optimizer.step()
+                broken = [
+                    (q, v) for q, v in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(v)
+                ]
+                if broken:
+                    progress.skip_step(*broken[0], fail=trial.train.on_nonfinite == "fail")
+                else:
+                    optimizer.step()
+                    progress.keep_step(lm_loss)
                 optimizer.zero_grad(set_to_none=True)
                 steps_s += time.perf_counter() - step_started
-                recent.append(lm_loss)
-                done = step + 1
+                done = progress.step = step + 1
                 if rows is not None:
                     rows.add(
                         "steps",
@@ -185,41 +285,87 @@ def train(
                             "elapsed_s": elapsed_s(),
                         },
                     )
-                if done < num_steps and evaluate_every and done % evaluate_every == 0:
-                    run_evaluation(done, trial.evaluate.max_tokens)
-                if done < num_steps and checkpoint_every and done % checkpoint_every == 0 and layout.is_main:
-                    if rows is not None:
-                        rows.flush(done)  # before the checkpoint: rows up to it are then safe
-                    assert checkpoints is not None
-                    checkpoints.save(
-                        Checkpoint(
-                            done,
-                            {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-                            {"recent_lm_losses": list(recent), "train_s": elapsed_s()},
-                        )
-                    )
+                if done == num_steps:
+                    break
+                val_loss = None
+                if evaluate_every and done % evaluate_every == 0:
+                    val_loss = run_evaluation(done, trial.evaluate.max_tokens).loss
+                if checkpoint_every and done % checkpoint_every == 0:
+                    save_checkpoint(val_loss)
+                reason = asked.at(done)
+                if reason is not None:
+                    if checkpoints is not None and (not checkpoint_every or done % checkpoint_every):
+                        save_checkpoint(val_loss)
+                    raise PreemptedError(done, reason)
         final = run_evaluation(num_steps, None)
         used = settings_in_use(model, optimizer, term, trial)
+        if checkpoints is not None:
+            checkpoints.wait()
+    except PreemptedError:
+        if checkpoints is not None:
+            checkpoints.wait()  # no error: all workers are here
+        raise
     except BaseException:
+        if checkpoints is not None:
+            checkpoints.abandon()
         if rows is not None:
             with contextlib.suppress(Exception):  # what ended the training is told, not this
-                rows.flush(done)
+                rows.flush(progress.step)
         raise
     finally:
         if term is not None:
             term.remove()
     steps_here = num_steps - first_step
+    recent = progress.recent_lm_losses
     return TrainResult(
         num_steps=num_steps,
         num_tokens=num_steps * tokens_per_step,
-        train_loss=math.fsum(recent) / len(recent),
+        num_skipped_steps=progress.num_skipped_steps,
+        train_loss=math.fsum(recent) / len(recent) if recent else None,
         final=final,
         train_s=elapsed_s(),
         tokens_per_s=steps_here * tokens_per_step / steps_s if steps_here else None,
         peak_memory_bytes=peak_memory_bytes(layout.device),
+        micro_batch_tokens=micro * trial.data.context_length,
         precision=precision,
         used=used,
     )
+
+
+class _Interruption:
+    """Asks now and then whether the machines must be left: on all workers at the same step.
+
+    The question may itself wait for all workers (Ray Train's does), so that when it is put is settled between
+    them: each time, the main worker says after how many steps the next one comes.
+    """
+
+    def __init__(self, ask: Callable[[], str | None] | None, layout: Layout, first_step: int) -> None:
+        self._ask, self._layout = ask, layout
+        self._last, self._next = first_step, first_step + 1
+        self._last_s = time.perf_counter()
+
+    def at(self, step: int) -> str | None:
+        """Why the training must stop after this step, if it must."""
+        if self._ask is None or step < self._next:
+            return None
+        now = time.perf_counter()
+        ahead = int(INTERRUPTION_POLL_S * (step - self._last) / max(now - self._last_s, 1e-9))
+        told = torch.tensor(float(max(1, ahead)) if self._layout.is_main else 0.0, device=self._layout.device)
+        all_reduce_sum([told], self._layout)
+        self._last, self._last_s, self._next = step, now, step + int(told.item())
+        return self._ask()
+
+
+@contextlib.contextmanager
+def _memory_limit_told(step: int, micro_batch_tokens: int) -> Iterator[None]:
+    """Turns an allocation that failed into an OutOfMemoryError, and lets go of what the step held."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise OutOfMemoryError(step, micro_batch_tokens, reason) from error
 
 
 def accumulate_gradients(
@@ -231,6 +377,8 @@ def accumulate_gradients(
     layout: Layout,
     micro_sequences: int,
     autocast: AbstractContextManager[Any],
+    *,
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward over this worker's share of the global batch, in micro-batches.
 
@@ -241,12 +389,13 @@ def accumulate_gradients(
         model: wrapped; gradients are added to its parameters.
         batch: [B, L] int64, this worker's sequences.
         term: None: no dispersion.
+        loss_scale: factor of the gradients, as fp16 needs one.
     Returns:
         (cross-entropy, dispersion) of the global batch: scalars, float64, the second unweighted.
     """
     num_sequences, context_length = trial.sequences_per_step, batch.shape[1]
-    # DDP divides the sum over workers by their number; this undoes it.
-    scale = layout.world_size / num_sequences
+    # DDP and FSDP2 divide the sum over workers by their number; this undoes it.
+    scale = loss_scale * layout.world_size / num_sequences
     totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
     micro_batches = batch.split(micro_sequences)
     for index, micro_batch in enumerate(micro_batches):
@@ -291,67 +440,6 @@ def make_term(model: nn.Module, trial: TrialConfig) -> DispersionTerm | None:
     )
 
 
-def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and embeddings only, not on biases and norms."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["peak_lr"] = settings.learning_rate
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
-    )
-
-
-def learning_rate_factor(step: int, num_steps: int, settings: TrainConfig) -> float:
-    """Share of the peak learning rate in step 0..num_steps-1: linear warm-up, then half a cosine.
-
-    The warm-up's last step and the cosine's first are at the peak. The cosine would reach
-    min_learning_rate_frac at step num_steps, so that no step is spent at a rate of 0.
-    """
-    warmup_steps = math.ceil(settings.warmup_frac * num_steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / (num_steps - warmup_steps)
-    floor = settings.min_learning_rate_frac
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Clip by the global norm (None: do not); returns the norm before clipping, a scalar tensor."""
-    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` as fp32 or bf16: bf16 on a GPU that computes in it."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def make_autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass; it can be entered again and again."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def micro_batch_sequences(trial: TrialConfig, layout: Layout, *, vocab_size: int) -> int:
-    """Sequences per forward pass of one worker.
-
-    `auto` bounds the float32 logits, which dominate in small models, to 256 MiB on a CPU and 2 GiB on a GPU;
-    logits, their gradient and the softmax then take about three times that.
-    """
-    mine = trial.sequences_per_step // layout.world_size
-    if trial.train.micro_batch_tokens != "auto":
-        return min(mine, trial.train.micro_batch_tokens // trial.data.context_length)
-    limit_bytes = 2**31 if layout.device.type == "cuda" else 2**28
-    per_sequence = trial.data.context_length * vocab_size * 4
-    return min(mine, max(1, limit_bytes // per_sequence))
-
-
 def settings_in_use(
     model: nn.Module, optimizer: torch.optim.Optimizer, term: DispersionTerm | None, trial: TrialConfig
 ) -> dict[str, Any]:
@@ -385,11 +473,3 @@ def model_config(model: nn.Module) -> Any:
     """The Hugging Face configuration of the text model, wrapped or not."""
     plain: Any = unwrap(model)
     return plain.config.get_text_config()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory of this process so far: CUDA's allocator on a GPU, else the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,6 @@
-"""One attempt of one trial, from its assignment to its row.
+"""A trial, attempt by attempt, from its assignment to its rows.
 
-`run_attempt` is the boundary where exceptions end: whatever happens inside becomes the trial's row. Where the
+`run_attempt` is the boundary where exceptions end: whatever happens inside becomes the attempt's row. Where the
 training runs is decided in one place, `_place`: a trial of one worker trains in its own process, one of
 several through Ray Train (five processes more, measured at 30 s of start-up on two cores against 8 s).
 """
@@ -12,6 +12,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import socket
 import time
 import traceback
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import results, space, storage
+from raydisp import results, retries, space, storage
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
-from raydisp.errors import ConfigError, DivergedError
+from raydisp.errors import ConfigError, DivergedError, OutOfMemoryError, OutputError
 from raydisp.layers import resolve_layers
 from raydisp.studyfile import explain
 
@@ -64,13 +65,28 @@ class Assignment:
         return results.trial_name(self.trial)
 
 
+def run_trial(assignment: Assignment, report: Report) -> dict[str, Any]:
+    """Train one trial: attempt after attempt, until one ends it or it has to go on in another process.
+
+    Returns:
+        The row of the last attempt; `interrupted` where the trial must leave this machine.
+    """
+    while True:
+        row = run_attempt(assignment, report)
+        alone = row["world_size"] == 1
+        if row["status"] != "interrupted" or (alone and row["error_type"] == retries.PREEMPTED):
+            return row
+        logger.warning("%s goes on: %s", assignment.name, row["error_message"])
+        assignment = dataclasses.replace(assignment, attempt=assignment.attempt + 1)
+
+
 def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
-    """Train one trial and write its row; never raises for what the trial does.
+    """Make one attempt at a trial and write its row; never raises for what the trial does.
 
     Args:
         report: called with metrics after each evaluation.
     Returns:
-        The row as written.
+        The row as written: `interrupted` if the trial is to go on with another attempt.
     """
     if os.path.isdir(assignment.working_dir):
         os.chdir(assignment.working_dir)
@@ -78,11 +94,18 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     searched = space.column_types(study)
     started = time.time()
     row = blank_row(assignment, study, started)
-    # There from the start: whatever is killed from now on, the study knows what to go on with.
-    results.write_trial(assignment.study_dir, row, searched)
+    context_length = field_of(json.loads(row["config_json"]), "data.context_length")
+    earlier: list[dict[str, Any]] = []
     try:
+        earlier = results.read_attempts(assignment.study_dir, assignment.trial)[: assignment.attempt - 1]
+        # There from the start: whatever is killed from now on, the study knows what to go on with.
+        results.write_trial(assignment.study_dir, row, searched)
         trial = _combined(study, assignment.values)
         row["config_sha256"] = trial.sha256
+        smaller = retries.reduced_micro_batch(earlier, context_length=context_length)
+        if smaller is not None:
+            trial = replace_fields(trial, {"train.micro_batch_tokens": smaller})
+            row["note"] = f"micro-batches of {smaller} tokens, because an attempt with more ran out of memory"
         outcome = _place(assignment, study, trial, started, report)
         used = outcome.pop("used")
         for name, column in searched.items():
@@ -91,13 +114,17 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     except Exception as error:
         tokens_per_step = field_of(json.loads(row["config_json"]), "train.global_batch_tokens")
         row.update(describe_failure(error, tokens_per_step))
+        max_failures = study.failures.max_failures
+        if retries.goes_on([*earlier, row], context_length=context_length, max_failures=max_failures):
+            row["status"] = "interrupted"
     row["ended_at"] = _utc(time.time())
-    results.write_trial(assignment.study_dir, row, searched)
-    # The trial has ended for good; only one that was interrupted goes on from its checkpoints.
     try:
-        storage.delete_dir(checkpoint_dir(assignment))
-    except OSError as error:  # disk space, not a result
-        logger.warning("the checkpoints of %s stay: %s", assignment.name, error)
+        results.write_trial(assignment.study_dir, row, searched)
+        # A trial that has ended for good needs its checkpoints no more.
+        if row["status"] != "interrupted":
+            storage.delete_dir(checkpoint_dir(assignment))
+    except (OutputError, OSError) as error:
+        logger.error("%s: %s", assignment.name, error)
     return row
 
 
@@ -130,6 +157,7 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
         "world_size": study.resources.num_workers,
         "strategy": trial.train.strategy,
+        "error_type": None,
         "hostname": socket.gethostname(),
         "model_revision": assignment.model_revision,
         "code_version": assignment.code_version,
@@ -237,9 +265,12 @@ def train_share(
     started: float,
     layout: Layout,
     report: Report,
+    interruption: Callable[[], str | None],
 ) -> dict[str, Any]:
     """This worker's part of a trial's training.
 
+    Args:
+        interruption: as `raydisp.train.train` has it.
     Returns:
         Columns of `trials` with their values, and under `used` the settings read back.
     """
@@ -269,15 +300,13 @@ def train_share(
         revision=revision,
     )
     identity = f"{trial.sha256} on data {meta['data_sha256']} from model {revision}"
-    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity)
-    resume_from = checkpoints.load_latest()
+    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout)
+    resume_from = checkpoints.find()
+    resumed_step = resume_from.step if resume_from else 0
     rows = None
     if layout.is_main:
         rows = results.RowWriter(
-            assignment.study_dir,
-            assignment.trial,
-            assignment.attempt,
-            resumed_step=resume_from.step if resume_from else 0,
+            assignment.study_dir, assignment.trial, assignment.attempt, resumed_step=resumed_step
         )
     first_step_at: list[float] = []
     result = train(
@@ -291,11 +320,14 @@ def train_share(
         resume_from=resume_from,
         on_start=lambda: first_step_at.append(time.time()),
         on_evaluation=report,
+        interruption=interruption,
     )
     final = result.final
     return {
         "num_steps": result.num_steps,
         "num_tokens": result.num_tokens,
+        "num_skipped_steps": result.num_skipped_steps,
+        "resumed_step": resumed_step,
         "train_loss": result.train_loss,
         "val_loss": final.loss,
         "val_perplexity": final.perplexity,
@@ -309,6 +341,7 @@ def train_share(
         "peak_memory_bytes": result.peak_memory_bytes,
         "world_size": layout.world_size,
         "precision": result.precision,
+        "micro_batch_tokens": result.micro_batch_tokens,
         "device": _device_name(layout.device),
         "hostname": socket.gethostname(),
         "data_sha256": meta["data_sha256"],
@@ -335,17 +368,46 @@ def _device_name(device: Any) -> str:
 def describe_failure(error: BaseException, tokens_per_step: int) -> dict[str, Any]:
     """Status and error columns for what ended an attempt."""
     cause, trace = _root_cause(error)
+    kind, message = _kind_and_message(cause, trace)
     columns: dict[str, Any] = {
         "status": "failed",
-        "error_type": type(cause).__name__,
-        "error_message": (str(cause) or type(cause).__name__)[:MAX_MESSAGE_LENGTH],
+        "error_type": kind,
+        "error_message": message[:MAX_MESSAGE_LENGTH],
         "traceback": trace,
     }
     if isinstance(cause, DivergedError):
         columns["status"] = "diverged"
         columns["num_steps"] = cause.step - 1
         columns["num_tokens"] = (cause.step - 1) * tokens_per_step
+    if isinstance(cause, OutOfMemoryError):
+        columns["micro_batch_tokens"] = cause.micro_batch_tokens
     return columns
+
+
+def _kind_and_message(cause: BaseException, trace: str) -> tuple[str, str]:
+    """What ended an attempt, in a word and a sentence; the words of `retries.LOST` are ours."""
+    told = str(cause).strip() or type(cause).__name__
+    first_line = told.splitlines()[0]
+    if _is_collective(cause, trace):
+        if re.search(r"timed? ?out", told, re.IGNORECASE):
+            return "CollectiveTimeout", (
+                "a worker got no answer from the others within failures.collective_timeout_s: one of them "
+                f"hangs, or the network between them is down ({first_line})"
+            )
+        return "WorkerLost", f"a worker lost the connection to another one, which has ended ({first_line})"
+    if type(cause).__module__.startswith("ray."):
+        return "WorkerLost", f"a worker's process or its node was lost ({first_line})"
+    return type(cause).__name__, told
+
+
+def _is_collective(cause: BaseException, trace: str) -> bool:
+    """Whether an error came out of an exchange between workers."""
+    frames = [line for line in trace.splitlines() if line.lstrip().startswith('File "')]
+    return (
+        type(cause).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+        or bool(re.search(r"gloo|NCCL|[Cc]onnection (closed|reset) by peer", str(cause)))
+        or (bool(frames) and "distributed_c10d.py" in frames[-1])
+    )
 
 
 def _root_cause(error: BaseException) -> tuple[BaseException, str]:
@@ -354,10 +416,15 @@ def _root_cause(error: BaseException) -> tuple[BaseException, str]:
     failures: Mapping[int, Any] = getattr(error, "worker_failures", {})
     causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
     traces = [getattr(failure, "_traceback_str", trace) for _, failure in sorted(failures.items())]
-    # When one worker stops, its peers fail in their collectives; those errors say nothing.
+    # When one worker stops, its peers fail in their collectives; those errors say nothing. Nor does Ray's
+    # word that a process is gone, beside an exception that the process raised.
     ranked = sorted(
         zip(causes, traces, strict=True),
-        key=lambda pair: (not isinstance(pair[0], DivergedError), "/torch/distributed/" in pair[1]),
+        key=lambda pair: (
+            not isinstance(pair[0], DivergedError),
+            _is_collective(*pair),
+            type(pair[0]).__module__.startswith("ray."),
+        ),
     )
     return ranked[0] if ranked else (error, trace)
 

@@ -1,0 +1,40 @@
+"""Memory of a training process: how much fits into one forward pass, when it did not, and the peak."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from raydisp.config import TrialConfig
+from raydisp.parallel import Layout
+
+
+def micro_batch_sequences(trial: TrialConfig, layout: Layout, *, vocab_size: int) -> int:
+    """Sequences per forward pass of one worker.
+
+    `auto` bounds the float32 logits, which dominate in small models, to 256 MiB on a CPU and 2 GiB on a GPU;
+    logits, their gradient and the softmax then take about three times that.
+    """
+    mine = trial.sequences_per_step // layout.world_size
+    if trial.train.micro_batch_tokens != "auto":
+        return min(mine, trial.train.micro_batch_tokens // trial.data.context_length)
+    limit_bytes = 2**31 if layout.device.type == "cuda" else 2**28
+    per_sequence = trial.data.context_length * vocab_size * 4
+    return min(mine, max(1, limit_bytes // per_sequence))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: CUDA's own error, Python's, or that of torch's allocator on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory of this process so far: CUDA's allocator on a GPU, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,53 @@
+"""Which attempts of a trial are followed by another one, and with what.
+
+Both answers are functions of the rows of the attempts so far, so that the trial's own process, the search and
+the next run of the command give the same ones.
+
+| what ended the attempt | what follows |
+|---|---|
+| the process, a worker or the node was lost; the workers hung | the last checkpoint, `failures.max_failures` times |
+| the node gave notice | the last checkpoint, as often as it happens |
+| out of memory | once, with half the micro-batch: the same global batch in more passes |
+| the user stopped the study | the last checkpoint, with the next run of the command |
+| anything else | nothing: it would happen again |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LOST = ("ProcessLost", "WorkerLost", "CollectiveTimeout")
+"""`error_type` of attempts that were lost through no fault of the trial."""
+OUT_OF_MEMORY = "OutOfMemoryError"
+PREEMPTED = "PreemptedError"
+
+Row = Mapping[str, Any]
+
+
+def goes_on(attempts: Sequence[Row], *, context_length: int, max_failures: int) -> bool:
+    """Whether the last of these attempts, which ended by an error, is followed by another.
+
+    Args:
+        attempts: rows of all attempts of one trial, in order, the last with its error columns.
+        context_length: of the trial: a micro-batch is one sequence at least.
+    """
+    last = attempts[-1]
+    if last["error_type"] == PREEMPTED:
+        return True
+    if last["error_type"] in LOST:
+        return sum(row.get("error_type") in LOST for row in attempts) <= max_failures
+    if last["error_type"] == OUT_OF_MEMORY:
+        first = sum(row.get("error_type") == OUT_OF_MEMORY for row in attempts) == 1
+        return first and (last.get("micro_batch_tokens") or 0) >= 2 * context_length
+    return False
+
+
+def reduced_micro_batch(attempts: Sequence[Row], *, context_length: int) -> int | None:
+    """Tokens of a micro-batch after an attempt ran out of memory: half of its, in whole sequences; None
+    where none did."""
+    for row in attempts:
+        if row.get("error_type") == OUT_OF_MEMORY and row.get("micro_batch_tokens"):
+            sequences = row["micro_batch_tokens"] // context_length
+            return max(1, sequences // 2) * context_length
+    return None
