@@ -525,8 +525,8 @@ class StudyConfig(TrialConfig):
         sequences, workers = self.sequences_per_step, self.resources.num_workers
         if self.train.strategy == "fsdp" and workers == 1:
             raise ValueError(
-                "train.strategy = fsdp shards the model over workers, and resources.num_workers = 1; use ddp, "
-                "or give the trial at least 2 workers"
+                "train.strategy = fsdp shards a model over workers, and resources.num_workers = 1; use ddp, "
+                "or at least 2 workers"
             )
         if sequences % workers:
             nearest = _nearest_multiples(self.train.global_batch_tokens, self.data.context_length * workers)

@@ -155,9 +155,9 @@ class StudyPlan:
             text += f", token blocks about {_size(self.corpus.num_bytes // 2)}"
         if study.checkpoint.every_tokens is not None:
             running = self.resources.max_concurrent_trials if self.resources else 1
-            # float32 weights and two Adam moments; a new checkpoint stands beside the old one for a moment.
+            # float32 weights and two Adam moments; a new checkpoint stands beside the last and the best.
             each = 12 * self.model.num_parameters
-            text += f", checkpoints at most {_size(2 * each * running)} at a time ({_size(each)} each)"
+            text += f", checkpoints at most {_size(3 * each * running)} at a time ({_size(each)} each)"
         return text
 
 

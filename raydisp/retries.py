@@ -5,7 +5,7 @@ the next run of the command give the same ones.
 
 | what ended the attempt | what follows |
 |---|---|
-| the process, a worker or the node was lost; the workers hung | the last checkpoint, `failures.max_failures` times |
+| process, worker or node was lost; workers hung | the last checkpoint, `failures.max_failures` times |
 | the node gave notice | the last checkpoint, as often as it happens |
 | out of memory | once, with half the micro-batch: the same global batch in more passes |
 | the user stopped the study | the last checkpoint, with the next run of the command |

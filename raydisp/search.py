@@ -230,7 +230,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Close a trial by its row, or put it up again; one whose process was lost gets a row that says so."""
+        """Close a trial by its row, or put it up again; a lost process gets a row that says so."""
         assignment = self.running.pop(trial_id, None)
         if assignment is None:
             return

@@ -260,11 +260,9 @@ def train(
                 # use this gradient, or none.
                 lm_loss, dispersion, norm = torch.stack([*losses, grad_norm.to(losses[0])]).tolist()
                 loss = lm_loss + (term.weight * dispersion if term is not None else 0.0)
-                broken = [
-                    (q, v) for q, v in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(v)
-                ]
-                if broken:
-                    progress.skip_step(*broken[0], fail=trial.train.on_nonfinite == "fail")
+                decisive = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+                if not math.isfinite(decisive[1]):
+                    progress.skip_step(*decisive, fail=trial.train.on_nonfinite == "fail")
                 else:
                     optimizer.step()
                     progress.keep_step(lm_loss)

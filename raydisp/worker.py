@@ -1,7 +1,7 @@
 """A trial, attempt by attempt, from its assignment to its rows.
 
-`run_attempt` is the boundary where exceptions end: whatever happens inside becomes the attempt's row. Where the
-training runs is decided in one place, `_place`: a trial of one worker trains in its own process, one of
+`run_attempt` is the boundary where exceptions end: whatever happens inside becomes the attempt's row. Where
+the training runs is decided in one place, `_place`: a trial of one worker trains in its own process, one of
 several through Ray Train (five processes more, measured at 30 s of start-up on two cores against 8 s).
 """
 

@@ -11,20 +11,15 @@ import pytest
 import torch
 
 from raydisp import data, models
-from raydisp.checkpoint import Checkpoint, CheckpointFolder
+from raydisp import train as train_module
+from raydisp.checkpoint import CheckpointFolder
 from raydisp.config import StudyConfig, TrainConfig, TrialConfig, replace_fields
-from raydisp.errors import DivergedError
+from raydisp.errors import CheckpointError, DivergedError, OutOfMemoryError, PreemptedError
+from raydisp.memory import is_out_of_memory, micro_batch_sequences
+from raydisp.optimizer import learning_rate_factor, make_optimizer
 from raydisp.parallel import Layout, derive_seed
-from raydisp.train import (
-    TrainResult,
-    accumulate_gradients,
-    learning_rate_factor,
-    make_autocast,
-    make_optimizer,
-    make_term,
-    micro_batch_sequences,
-    train,
-)
+from raydisp.precision import LossScale, make_autocast, use_tf32
+from raydisp.train import TrainResult, accumulate_gradients, make_term, train
 
 
 class Rows:
@@ -147,7 +142,8 @@ def test_killed_and_continued_equals_never_killed(run: Run, tmp_path: Path, chan
 
     with pytest.raises(KilledError):
         run(changes, checkpoints=folder, on_evaluation=kill)
-    latest = folder.load_latest()
+    latest = folder.find()
+    assert latest is not None
     assert latest.step == 4
     continued, later_rows, later_model = run(changes, checkpoints=folder, resume_from=latest)
     assert later_rows.column("step") == list(range(5, 11))
@@ -163,9 +159,9 @@ def test_rows_are_flushed_before_each_checkpoint(run: Run, tmp_path: Path) -> No
     rows_seen: list[Rows] = []
 
     class Folder(CheckpointFolder):
-        def save(self, checkpoint: Checkpoint) -> None:
-            flushed_at_save.append([checkpoint.step, *rows_seen[0].flushed[-1:]])
-            super().save(checkpoint)
+        def save(self, step: int, *arguments: Any, **options: Any) -> None:
+            flushed_at_save.append([step, *rows_seen[0].flushed[-1:]])
+            super().save(step, *arguments, **options)
 
     original = Rows.__init__
 
@@ -254,6 +250,154 @@ def test_what_was_done_before_the_end_is_flushed(run: Run) -> None:
             run({"train.learning_rate": 1e30, "train.grad_clip": None, "evaluate.every_tokens": None})
     assert seen[-1].flushed == [0, caught.value.step - 1]
     assert len(seen[-1].tables["steps"]) == caught.value.step - 1
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
+    """Gradients of these steps (counted from 1) are not finite."""
+    clip, calls = train_module.clip_gradients, [0]
+
+    def clip_poisoned(parameters: Any, *arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        parameters = list(parameters)
+        if calls[0] in steps:
+            parameters[0].grad.fill_(value)
+        return clip(parameters, *arguments, **options)
+
+    monkeypatch.setattr(train_module, "clip_gradients", clip_poisoned)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_trial(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {4}, math.inf)
+    with pytest.raises(DivergedError, match=r"gradient norm is (inf|nan) at step 4"):
+        run()
+
+
+def test_a_step_can_be_skipped_instead(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {3, 4}, math.nan)
+    used: list[int] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: used.append(1) or step(self, *args))
+    result, rows, model = run({"train.on_nonfinite": "skip_step"})
+    assert result.num_skipped_steps == 2
+    assert result.num_steps == 10
+    assert len(used) == 8, "the optimizer never sees such a gradient"
+    assert [math.isfinite(norm) for norm in rows.column("grad_norm")] == [True] * 2 + [False] * 2 + [True] * 6
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_model_that_is_broken_for_good_diverges_all_the_same(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "MAX_SKIPPED_IN_A_ROW", 3)
+    poison(monkeypatch, set(range(3, 11)), math.nan)
+    with pytest.raises(DivergedError, match="at step 6"):
+        run({"train.on_nonfinite": "skip_step"})
+
+
+def test_skipped_steps_are_counted_over_attempts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2}, math.nan)
+    folder = CheckpointFolder(str(tmp_path), "x")
+    changes = {"train.on_nonfinite": "skip_step", "checkpoint.every_tokens": 512}
+
+    def leave(report: dict[str, Any]) -> None:
+        if report["step"] == 8:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run(changes, checkpoints=folder, on_evaluation=leave)
+    result, _, _ = run(changes, checkpoints=folder, resume_from=folder.find())
+    assert result.num_skipped_steps == 1
+
+
+def test_fp16_halves_its_scale_where_a_gradient_overflows(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {1, 5}, math.inf)
+    folder = CheckpointFolder(str(tmp_path), "x")
+    changes = {"train.precision": "fp16", "checkpoint.every_tokens": 1024, "train.budget_tokens": 5120}
+    states: list[Any] = []
+    save = folder.save
+
+    def remember(step: int, tensors: Any, state: Any, **options: Any) -> None:
+        states.append(state)
+        save(step, tensors, state, **options)
+
+    monkeypatch.setattr(folder, "save", remember)
+    result, _, model = run(changes, checkpoints=folder)
+    assert result.precision == "fp16"
+    assert result.num_skipped_steps == 2
+    assert states[0]["loss_scale"] == [2.0**14, 3], "halved twice, three good steps since"
+    assert result.final.loss < math.log(320) - 1.0
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_loss_scale_does_not_show_in_rows(run: Run) -> None:
+    half, single = (run({"train.precision": precision})[1] for precision in ("fp16", "fp32"))
+    # ten bits of mantissa
+    assert half.column("loss") == pytest.approx(single.column("loss"), rel=2e-3)
+    assert half.column("grad_norm") == pytest.approx(single.column("grad_norm"), rel=2e-2)
+
+
+def test_the_loss_scale_grows_and_shrinks() -> None:
+    scale = LossScale(value=4.0, growth_interval=2)
+    for _ in range(4):
+        scale.grow()
+    assert scale.value == 16.0
+    assert [scale.shrink() for _ in range(5)] == [True] * 4 + [False]
+    assert scale.value == 1.0
+
+
+def test_tf32_is_set_both_ways() -> None:
+    for enabled in (True, False):
+        use_tf32(enabled)
+        assert torch.backends.cuda.matmul.allow_tf32 is enabled
+
+
+@pytest.mark.parametrize("every_tokens", [512, None])
+def test_a_machine_that_goes_is_left_with_a_checkpoint(
+    run: Run, tmp_path: Path, every_tokens: int | None
+) -> None:
+    changes = {"checkpoint.every_tokens": every_tokens}
+    whole, rows, _ = run(changes)
+    folder = CheckpointFolder(str(tmp_path), "x")
+    asked: list[int] = []
+
+    def interruption() -> str | None:
+        asked.append(1)
+        return "the node is drained"
+
+    with pytest.raises(PreemptedError, match="stopped after step 1: the node is drained"):
+        run(changes, checkpoints=folder, interruption=interruption)
+    assert asked == [1]
+    saved = folder.find()
+    assert saved is not None
+    assert saved.step == 1
+    later, later_rows, _ = run(changes, checkpoints=folder, resume_from=saved, interruption=lambda: None)
+    assert later_rows.column("loss") == rows.column("loss")[1:]
+    assert later.final.loss == whole.final.loss
+
+
+def test_a_checkpoint_of_another_model_is_refused(run: Run, tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path), "x")
+    changes = {"checkpoint.every_tokens": 512}
+    run(changes, checkpoints=folder)
+    with pytest.raises(CheckpointError):
+        run({**changes, "model.hidden_size": 32}, checkpoints=folder, resume_from=folder.find())
+
+
+def test_an_allocation_that_fails_says_what_may_be_made_smaller(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*arguments: Any, **options: Any) -> Any:
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(train_module, "token_losses", allocate)
+    with pytest.raises(OutOfMemoryError, match="out of memory at step 1 with micro-batches of 64 tokens: "):
+        run({"train.micro_batch_tokens": 64, "evaluate.every_tokens": None})
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_bf16_autocast_learns_too(run: Run) -> None:
