@@ -242,6 +242,7 @@ class StudySearcher(Searcher):
         if row is None or (row["status"] == "interrupted" and row["ended_at"] is None):
             row = lost_row(assignment, attempts, begun)
         if row["status"] == "interrupted":
+            logger.warning("trial %d goes on elsewhere: %s", row["trial"], row["error_message"])
             self._again.append(dataclasses.replace(assignment, attempt=row["attempt"] + 1))
             return
         self._optuna.finish(row)
