@@ -121,7 +121,9 @@ def running_ray(address: str | None, *, verbose: bool) -> Iterator[list[Node]]:
         ResourceError: the cluster does not answer.
     """
     # Ray reads these when it is imported or started; what the user has set stays.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process per trial, for spot nodes
+    joining = joins_cluster(address)
+    if not joining:  # nobody takes this machine away, and it is one process per trial
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `search` has its own
@@ -129,7 +131,6 @@ def running_ray(address: str | None, *, verbose: bool) -> Iterator[list[Node]]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     import ray
 
-    joining = joins_cluster(address)
     level = logging.INFO if verbose else logging.ERROR
     options = {"log_to_driver": verbose, "logging_level": level}
     try:

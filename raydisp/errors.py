@@ -37,6 +37,10 @@ class OutputError(RaydispError):
     """The results folder cannot be written, or holds something else."""
 
 
+class CheckpointError(RaydispError):
+    """A checkpoint cannot be gone on from: it is of another model, or not what it should be."""
+
+
 class DivergedError(Exception):
     """Loss or gradient stopped being finite; carries the step at which it was seen."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raydisp.condensation import CondensationAccumulator, CondensationResult
 from raydisp.data import TokenBlocks
 from raydisp.layers import num_hidden_layers, unwrap
-from raydisp.parallel import Layout, all_reduce_sum
+from raydisp.parallel import Layout, all_reduce_sum, is_sharded, reshard
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ def evaluate(
     plain = unwrap(model)
     condensation = CondensationAccumulator(num_hidden_layers(plain) + 1, device=layout.device)
     sums = torch.zeros(3, dtype=torch.float64, device=layout.device)  # nats, squared nats, sequences
-    mine = list(range(layout.rank, num_sequences, layout.world_size))
+    chunks = _chunks(_share(layout.rank, layout, num_sequences), num_measured, batch_sequences)
     was_training = plain.training
     plain.eval()
     try:
         with torch.no_grad():
-            for chunk in _chunks(mine, num_measured, batch_sequences):
+            for chunk in chunks:
                 input_ids = blocks[chunk].to(layout.device)
                 measured = chunk[0] < num_measured
                 with autocast:
@@ -121,6 +121,14 @@ def evaluate(
                 sums += torch.stack([nats.sum(), nats.square().sum(), nats.new_tensor(len(chunk))])
                 if measured:
                     condensation.update(output.hidden_states)
+            if is_sharded(plain):
+                # Every forward pass gathers weights from all workers: those with fewer batches join in.
+                for _ in range(
+                    _most_chunks(layout, num_sequences, num_measured, batch_sequences) - len(chunks)
+                ):
+                    with autocast:
+                        plain(input_ids=blocks[[0]].to(layout.device), use_cache=False)
+                reshard(plain)
     finally:
         plain.train(was_training)
     all_reduce_sum([sums, *condensation.tensors()], layout)
@@ -142,6 +150,16 @@ def evaluate(
 
 def _whole_sequences(tokens: int | None, blocks: TokenBlocks) -> int:
     return len(blocks) if tokens is None else min(len(blocks), max(1, tokens // blocks.context_length))
+
+
+def _share(rank: int, layout: Layout, num_sequences: int) -> list[int]:
+    return list(range(rank, num_sequences, layout.world_size))
+
+
+def _most_chunks(layout: Layout, num_sequences: int, num_measured: int, size: int) -> int:
+    """Forward passes of the worker that makes most of them."""
+    shares = [_share(rank, layout, num_sequences) for rank in range(layout.world_size)]
+    return max(len(_chunks(share, num_measured, size)) for share in shares)
 
 
 def _chunks(indices: list[int], num_measured: int, size: int) -> list[list[int]]:

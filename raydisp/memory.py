@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,9 +35,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` count from now on: a process may have trained other trials before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux, where the process may
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory of this process so far: CUDA's allocator on a GPU, else the resident set."""
+    """Most memory since `reset_peak_memory`: of CUDA's allocator on a GPU, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, AttributeError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

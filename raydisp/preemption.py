@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import sys
 
 
 def notice_to_this_node() -> str | None:
     """Why the node of this process must be left, for a trial that trains in its own process; None: it need
     not."""
+    if "ray" not in sys.modules:
+        return None  # called from a test or a notebook
     import ray
     from ray._private.state import state  # where Ray Train's own watcher looks; there is no public way
 

@@ -187,7 +187,7 @@ def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | Non
 
 def read_attempts(study_dir: str, trial: int) -> list[dict[str, Any]]:
     """The rows of all attempts of a trial, in order."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     while (row := read_trial(study_dir, trial, len(rows) + 1)) is not None:
         rows.append(row)
     return rows

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sqlite3
 import tempfile
 import time
@@ -32,10 +33,10 @@ from raydisp import results, retries, space, storage
 from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.cluster import DRIVER_RESOURCES, Plan
 from raydisp.config import SearchConfig, StudyConfig, field_of
-from raydisp.errors import OutputError
+from raydisp.errors import OutputError, PreemptedError
 from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.parallel import derive_seed
-from raydisp.worker import Assignment, blank_row, checkpoint_dir, run_attempt
+from raydisp.worker import Assignment, blank_row, checkpoint_dir, run_trial
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +321,8 @@ def run_search(
             tune.with_resources(_trainable(launch.study), _trial_resources(launch.plan)),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                num_samples=agenda.num_trials,
+                num_samples=-1,  # the searcher knows: trials may come back
+                reuse_actors=True,  # imports are paid once per process
                 max_concurrent_trials=launch.plan.max_concurrent_trials,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -344,14 +346,19 @@ def run_search(
 
 
 def _trainable(study: StudyConfig) -> Callable[[dict[str, Any]], None]:
-    def run_trial(config: dict[str, Any]) -> None:
+    def run_in_process(config: dict[str, Any]) -> None:
+        # How long Tune waits for this function to come to its end before the process gets another trial;
+        # after that it would fail the other one.
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
         assignment = Assignment(**config)
-        row = run_attempt(assignment, tune.report)
+        row = run_trial(assignment, tune.report)
         tune.report({"status": row["status"]})
+        if row["status"] == "interrupted":  # by notice: no trial may follow on this node
+            raise PreemptedError(row["resumed_step"] or 0, row["error_message"])
 
     # Tune registers trainables by name for the whole cluster: two studies must not have the same.
-    run_trial.__name__ = f"raydisp_{study.name}_{uuid.uuid4().hex[:8]}"
-    return run_trial
+    run_in_process.__name__ = f"raydisp_{study.name}_{uuid.uuid4().hex[:8]}"
+    return run_in_process
 
 
 def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:

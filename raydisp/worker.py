@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -23,7 +25,7 @@ from pydantic import ValidationError
 
 from raydisp import results, retries, space, storage
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
-from raydisp.errors import ConfigError, DivergedError, OutOfMemoryError, OutputError
+from raydisp.errors import ConfigError, DivergedError, OutOfMemoryError, OutputError, PreemptedError
 from raydisp.layers import resolve_layers
 from raydisp.studyfile import explain
 
@@ -199,18 +201,33 @@ def _place(
     assignment: Assignment, study: StudyConfig, trial: TrialConfig, started: float, report: Report
 ) -> dict[str, Any]:
     if study.resources.num_workers == 1:
-        from raydisp.parallel import Layout
-
-        layout = Layout(device=_device(assignment.gpus_per_worker))
-        return train_share(assignment, study, trial, started, layout, report)
+        return _train_here(assignment, study, trial, started, report)
     return _train_distributed(assignment, study, trial, started)
+
+
+def _train_here(
+    assignment: Assignment, study: StudyConfig, trial: TrialConfig, started: float, report: Report
+) -> dict[str, Any]:
+    from raydisp.parallel import Layout
+    from raydisp.preemption import notice_to_this_node
+
+    layout = Layout(device=_device(assignment.gpus_per_worker))
+    try:
+        return train_share(assignment, study, trial, started, layout, report, notice_to_this_node)
+    finally:
+        # The process may train other trials after this one: what this one held must be gone.
+        gc.collect()
+        if layout.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
 
 def _train_distributed(
     assignment: Assignment, study: StudyConfig, trial: TrialConfig, started: float
 ) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     resources = {"CPU": study.resources.cpus_per_worker}
@@ -223,6 +240,7 @@ def _train_distributed(
             "trial": trial.model_dump(mode="json"),
             "started": started,
         },
+        torch_config=TorchConfig(timeout_s=math.ceil(study.failures.collective_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=study.resources.num_workers,
             use_gpu=assignment.gpus_per_worker > 0,
@@ -233,11 +251,14 @@ def _train_distributed(
             name=f"{assignment.name}-attempt-{assignment.attempt}",
             storage_path=storage.join(assignment.study_dir, ".ray"),
             callbacks=[TuneReportCallback()],
-            failure_config=FailureConfig(max_failures=0),
+            # What is tried again is settled in `retries`, for both ways of placing a trial, and is a row.
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
         ),
     )
     outcome = trainer.fit().return_value
     assert isinstance(outcome, dict), "the main worker returns the outcome"
+    if "preempted" in outcome:
+        raise PreemptedError(*outcome["preempted"])
     return outcome
 
 
@@ -247,6 +268,7 @@ def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
 
     from raydisp.parallel import Layout
+    from raydisp.preemption import notice_to_the_workers
 
     assignment = Assignment(**loop_config["assignment"])
     if os.path.isdir(assignment.working_dir):
@@ -255,7 +277,13 @@ def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     layout = Layout(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     study = StudyConfig.model_validate(assignment.study)
     trial = TrialConfig.model_validate(loop_config["trial"])
-    return train_share(assignment, study, trial, loop_config["started"], layout, ray.train.report)
+    try:
+        return train_share(
+            assignment, study, trial, loop_config["started"], layout, ray.train.report, notice_to_the_workers
+        )
+    except PreemptedError as error:
+        # All workers stop together; an exception would make Ray Train wait for the node to be gone.
+        return {"preempted": [error.step, error.reason]}
 
 
 def train_share(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from pathlib import Path
@@ -11,10 +12,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from raydisp import results, space
+from raydisp import results, space, storage
 from raydisp.agenda import Agenda, read_agenda
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
+from raydisp.errors import OutputError
 from raydisp.search import Launch, OptunaStudy, Searcher, StudySearcher
 from raydisp.worker import Assignment, blank_row
 
@@ -40,7 +42,7 @@ class Driver:
     def start(self) -> tuple[str, Assignment] | None:
         self.count += 1
         suggested = self.searcher.suggest(str(self.count))
-        if suggested == Searcher.FINISHED:
+        if suggested in (Searcher.FINISHED, None):
             return None
         return str(self.count), Assignment(**suggested)
 
@@ -140,18 +142,88 @@ def test_no_trial_stays_running_in_optuna(
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_trial_that_lost_its_process_gets_a_row(eight: StudyConfig, tmp_path: Path, begun: bool) -> None:
+def test_a_trial_that_lost_its_process_goes_on(eight: StudyConfig, tmp_path: Path, begun: bool) -> None:
     driver = Driver(eight, tmp_path)
     driver.start()
     trial_id, assignment = driver.start()
-    if begun:
-        driver.begin(assignment)
+    for attempt in (1, 2):
+        if begun:
+            driver.begin(assignment)
+        driver.searcher.on_trial_complete(trial_id, error=True)
+        row = results.read_trial(driver.study_dir, assignment.trial, attempt)
+        assert (row["status"], row["error_type"]) == ("interrupted", "ProcessLost")
+        assert row["dispersion.weight"] == assignment.values["dispersion.weight"]
+        trial_id, again = driver.start()
+        assert (again.trial, again.attempt, again.values) == (
+            assignment.trial,
+            attempt + 1,
+            assignment.values,
+        )
+        assignment = again
+    assert driver.states() == [TrialState.RUNNING], "one trial of the search, whatever its attempts"
     driver.searcher.on_trial_complete(trial_id, error=True)
-    row = results.read_trial(driver.study_dir, assignment.trial, 1)
-    assert (row["status"], row["error_type"]) == ("failed", "ProcessLost")
-    assert row["dispersion.weight"] == assignment.values["dispersion.weight"]
+    row = results.read_trial(driver.study_dir, assignment.trial, 3)
+    assert (row["status"], row["error_type"]) == ("failed", "ProcessLost"), "failures.max_failures is 2"
     assert driver.states() == [TrialState.FAIL]
     assert driver.finished[0]["trial"] == assignment.trial
+
+
+def test_attempts_that_the_trial_made_by_itself_are_seen(eight: StudyConfig, tmp_path: Path) -> None:
+    """A driver goes on with a lost worker on its own; then it is lost itself."""
+    driver = Driver(eight, tmp_path)
+    driver.start()
+    trial_id, first = driver.start()
+    driver.write(first, status="interrupted", error_type="WorkerLost", val_loss=None, ended_at=results.now())
+    driver.begin(dataclasses.replace(first, attempt=2))
+    driver.searcher.on_trial_complete(trial_id, error=True)
+    assert results.read_trial(driver.study_dir, first.trial, 1)["error_type"] == "WorkerLost"
+    assert results.read_trial(driver.study_dir, first.trial, 2)["error_type"] == "ProcessLost"
+    assert driver.start()[1].attempt == 3
+
+
+def test_a_trial_that_had_notice_goes_on_elsewhere(eight: StudyConfig, tmp_path: Path) -> None:
+    driver = Driver(eight, tmp_path)
+    driver.start()
+    trial_id, first = driver.start()
+    driver.write(
+        first, status="interrupted", error_type="PreemptedError", val_loss=None, ended_at=results.now()
+    )
+    driver.searcher.on_trial_complete(trial_id, error=True)
+    assert results.read_trial(driver.study_dir, first.trial, 1)["error_type"] == "PreemptedError"
+    assert driver.start()[1].attempt == 2
+
+
+def test_the_search_is_not_over_while_a_trial_may_come_back(eight: StudyConfig, tmp_path: Path) -> None:
+    driver = Driver(eight, tmp_path)
+    while (started := driver.start()) is not None:
+        trial_id, assignment = started
+        if assignment.trial < 8:
+            driver.write(assignment)
+            driver.searcher.on_trial_complete(trial_id)
+    assert driver.searcher.suggest("x") is None
+    driver.searcher.on_trial_complete(trial_id, error=True)
+    trial_id, assignment = driver.start()
+    assert (assignment.trial, assignment.attempt) == (8, 2)
+    driver.write(assignment)
+    driver.searcher.on_trial_complete(trial_id)
+    assert driver.searcher.suggest("x") == Searcher.FINISHED
+
+
+def test_a_disk_that_is_full_does_not_stop_the_search(
+    eight: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(eight, tmp_path)
+    trial_id, _ = driver.start()
+
+    def full(location: str, content: bytes) -> None:
+        raise OutputError(f"{location} cannot be written: No space left on device")
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    for _ in range(3):
+        driver.searcher.on_trial_complete(trial_id, error=True)
+        trial_id, _ = driver.start()
+    monkeypatch.undo()
+    assert driver.start() is not None
 
 
 def test_interrupted_trials_go_on_under_their_number(eight: StudyConfig, tmp_path: Path) -> None:
