@@ -81,9 +81,10 @@ def _compile_blocks(model: nn.Module) -> None:
 def _shard(model: nn.Module, layout: Layout, settings: TrainConfig, precision: str) -> nn.Module:
     """FSDP2: every block a unit, and the rest of the model (embeddings, final norm, head) another.
 
-    Under bf16 and fp16 the blocks' weights are gathered in that type, which halves the traffic; autocast
-    decides the type of every product as it does without sharding, and the residual stream stays float32.
-    Gradients are summed in float32.
+    Under bf16 and fp16 the blocks' weights are gathered in that type on a GPU, which halves the traffic;
+    autocast decides the type of every product as it does without sharding, and the residual stream stays
+    float32. On a CPU, whose autocast leaves a norm of float32 states with half-precision weights alone (an
+    error), weights are gathered as they are. Gradients are summed in float32.
     """
     if layout.world_size == 1:
         raise ConfigError(
@@ -91,9 +92,8 @@ def _shard(model: nn.Module, layout: Layout, settings: TrainConfig, precision: s
             "resources.num_workers"
         )
     mesh = init_device_mesh(layout.device.type, (layout.world_size,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=AUTOCAST_DTYPES.get(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    gathered = AUTOCAST_DTYPES.get(precision) if layout.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     reshard = settings.reshard_after_forward
     for block in find_blocks(model)[1]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
