@@ -26,6 +26,7 @@ import pyarrow.fs as pafs
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
@@ -106,10 +107,13 @@ class CheckpointFolder:
             return
         writing, self._writing = self._writing, None
         writing.thread.join()
-        errors = self._all_gather(None if writing.error is None else _sentence(self.location, writing.error))
-        told = next((error for error in errors if error is not None), None)
-        if told is not None:
-            raise OutputError(told)
+        error = writing.error
+        mine = None if error is None else _sentence(self.location, error)
+        # The worker whose file system refused knows the reason; the others know that it failed.
+        told = self._all_gather((isinstance(error, OSError | OutputError), mine))
+        sentences = [sentence for _, sentence in sorted(told, key=lambda pair: not pair[0]) if sentence]
+        if sentences:
+            raise OutputError(sentences[0])
 
     def abandon(self) -> None:
         """After an error elsewhere: start nothing, raise nothing, let one process finish what it writes."""
@@ -142,12 +146,13 @@ class CheckpointFolder:
                 fingerprints["state.json"] = _fingerprint(content)
                 storage.write_bytes(storage.join(folder, "COMPLETE"), json.dumps(fingerprints).encode())
                 self._drop_all_but_last_and_best(step)
-        except BaseException:
+        except BaseException as error:
             if main:
                 with contextlib.suppress(Exception):  # what went wrong first is told
                     if not storage.exists(storage.join(folder, "COMPLETE")):
                         storage.delete_dir(folder)
-            raise
+            cause: OSError | None = writer.fs.error  # type: ignore[attr-defined]
+            raise cause or error from None
 
     def _drop_all_but_last_and_best(self, last: int) -> None:
         values: dict[int, float] = {}
@@ -240,10 +245,10 @@ class CheckpointFolder:
                     process_group=self._group,
                     no_dist=self._layout.world_size == 1,
                 )
-            except CheckpointError:
-                raise
-            except Exception as error:
-                raise CheckpointError(f"{folder} cannot be read: {_first_cause(error)}; delete it") from None
+            except (Exception, CheckpointException) as error:
+                raise CheckpointError(
+                    f"{folder} cannot be read: {str(_first_cause(error)).splitlines()[0]}; delete it"
+                ) from None
 
     def delete(self) -> None:
         """Remove all checkpoints of the trial. One worker calls it."""

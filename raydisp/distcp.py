@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import pyarrow.fs as pafs
@@ -77,8 +77,9 @@ def load_metadata(content: bytes, where: str) -> Metadata:
 class _HashingStream(io.RawIOBase):
     """Passes bytes on and computes their SHA-256 on the way."""
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: Any, on_error: Callable[[OSError], None]) -> None:
         self._raw = raw
+        self._on_error = on_error
         self._num_bytes = 0
         self._sha256 = hashlib.sha256()
 
@@ -87,7 +88,11 @@ class _HashingStream(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
-        self._raw.write(view)
+        try:
+            self._raw.write(view)
+        except OSError as error:
+            self._on_error(error)  # torch raises one of its own over it
+            raise
         self._sha256.update(view)
         self._num_bytes += len(view)
         return len(view)
@@ -104,9 +109,11 @@ class ArrowFileSystem(FileSystemBase):
 
     Attributes:
         written: file name -> size and SHA-256 of the files written here.
+        error: the first error that the file system gave to a write.
     """
 
     def __init__(self) -> None:
+        self.error: OSError | None = None
         self.written: dict[str, dict[str, Any]] = {}
 
     @contextlib.contextmanager
@@ -119,12 +126,15 @@ class ArrowFileSystem(FileSystemBase):
                 yield cast(io.IOBase, file)
             return
         with open(place, "wb") if local else filesystem.open_output_stream(place) as file:
-            stream = _HashingStream(file)
+            stream = _HashingStream(file, self._keep_error)
             yield stream
             file.flush()
             if local:
                 os.fsync(file.fileno())
         self.written[str(path).rsplit("/", 1)[1]] = stream.fingerprint()
+
+    def _keep_error(self, error: OSError) -> None:
+        self.error = self.error or error
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return storage.join(str(path), suffix)
