@@ -264,6 +264,7 @@ def second_driver(path: Path, tmp_path: Path) -> None:
 def test_killed_and_interrupted_then_the_same_command_again(tree: dict[str, Any], tmp_path: Path) -> None:
     """On a Ray of the command's own: one trial loses its process, Ctrl-C stops the rest, then it goes on."""
     tree["resources"] = {"max_concurrent_trials": 2}
+    tree["failures"] = {"max_failures": 0}  # test_failures has trials that go on by themselves
     tree["train"]["budget_tokens"] = 128 * 3000
     tree["evaluate"]["every_tokens"] = 128 * 200
     tree["checkpoint"] = {"every_tokens": 128 * 50}

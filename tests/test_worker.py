@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import os
+import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from raydisp import data, results, train
 from raydisp.config import StudyConfig, replace_fields
-from raydisp.worker import Assignment, describe_failure, in_the_words_of, run_attempt
+from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
+from raydisp.worker import Assignment, describe_failure, in_the_words_of, run_attempt, run_trial
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,8 @@ def test_a_trial_that_ends_well(tree: dict[str, Any], tmp_path: Path, cache_dir:
     assert stored["startup_s"] > 0
     assert stored["train_s"] > 0
     assert stored["ended_at"] > stored["started_at"]
-    columns = set(stored) - {"error_type", "error_message", "traceback", "model_revision"}
+    columns = set(stored) - {"error_type", "error_message", "traceback", "model_revision", "note"}
+    assert (stored["num_skipped_steps"], stored["resumed_step"], stored["micro_batch_tokens"]) == (0, 0, 128)
     assert [name for name in columns if stored[name] is None] == [], "nothing else is missing"
     tables = results.read_tables(str(tmp_path / "results"))
     assert tables.steps["step"].to_pylist() == list(range(1, 11))
@@ -188,3 +197,131 @@ def test_the_first_cause_is_told_not_the_collective_that_broke() -> None:
     columns = describe_failure(failure, 128)
     assert (columns["error_type"], columns["error_message"]) == ("ValueError", "bad batch")
     assert columns["traceback"] == "x/raydisp/train.py"
+
+
+def attempts_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return results.read_tables(str(tmp_path / "results")).attempts.to_pylist()
+
+
+def test_out_of_memory_is_tried_again_with_half_the_micro_batch(
+    tree: dict[str, Any], tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_losses = train.token_losses
+
+    def small_memory(logits: Any, input_ids: Any) -> Any:
+        if len(input_ids) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return token_losses(logits, input_ids)
+
+    monkeypatch.setattr(train, "token_losses", small_memory)
+    row = run_trial(assign(tree, tmp_path, cache_dir), lambda report: None)
+    first, second = attempts_of(tmp_path)
+    assert (first["status"], first["error_type"]) == ("interrupted", "OutOfMemoryError")
+    assert first["error_message"].startswith("out of memory at step 1 with micro-batches of 128 tokens")
+    assert first["micro_batch_tokens"] == 128
+    assert (second["status"], second["attempt"], second["micro_batch_tokens"]) == ("completed", 2, 64)
+    assert second["note"] == "micro-batches of 64 tokens, because an attempt with more ran out of memory"
+    assert second["config_sha256"] == row["config_sha256"]
+    assert second["num_tokens"] == 1280
+    monkeypatch.undo()
+    other = tmp_path / "other"
+    whole = run_trial(assign(tree, other, cache_dir), lambda report: None)
+    # the same global batch in two passes
+    assert second["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
+
+
+def test_out_of_memory_twice_fails(
+    tree: dict[str, Any], tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(logits: Any, input_ids: Any) -> Any:
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(train, "token_losses", no_memory)
+    row = run_trial(assign(tree, tmp_path, cache_dir), lambda report: None)
+    assert (row["status"], row["attempt"], row["error_type"]) == ("failed", 2, "OutOfMemoryError")
+    assert [attempt["micro_batch_tokens"] for attempt in attempts_of(tmp_path)] == [128, 64]
+
+
+def test_notice_ends_the_attempt_and_keeps_its_checkpoint(
+    tree: dict[str, Any], tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raydisp.preemption.notice_to_this_node", lambda: "its node is taken away")
+    assignment = assign(tree, tmp_path, cache_dir)
+    row = run_trial(assignment, lambda report: None)
+    assert (row["status"], row["error_type"]) == ("interrupted", "PreemptedError")
+    assert row["error_message"] == "stopped after step 1: its node is taken away"
+    monkeypatch.undo()
+    row = run_trial(dataclasses.replace(assignment, attempt=2), lambda report: None)
+    assert (row["status"], row["resumed_step"]) == ("completed", 1)
+    steps = results.read_table(str(tmp_path / "results"), "steps").to_pylist()
+    assert [(row["step"], row["attempt"]) for row in steps] == [(1, 1)] + [(n, 2) for n in range(2, 11)]
+
+
+def test_a_reused_process_keeps_nothing(tree: dict[str, Any], tmp_path: Path, cache_dir: str) -> None:
+    """Trials of one process, one after the other: the last is as in a fresh process, and nothing grows."""
+
+    def held() -> dict[str, Any]:
+        gc.collect()
+        return {
+            "threads": sorted(thread.name for thread in threading.enumerate()),
+            "files": sorted(file.path for file in psutil.Process().open_files()),
+            "num_fds": psutil.Process().num_fds(),
+            "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()),
+            "cwd": os.getcwd(),
+            "environment": dict(os.environ),
+            "default_dtype": torch.get_default_dtype(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+
+    tree["checkpoint"] = {"every_tokens": 512}
+    losses, found = [], []
+    for number, values in enumerate(
+        [{}, {"train.learning_rate": 1e30, "train.grad_clip": None}, {"model.num_heads": 3}, {}, {}]
+    ):
+        folder = tmp_path / str(number)
+        run_trial(assign(tree, folder, cache_dir, values=values), lambda report: None)
+        losses.append(results.read_table(str(folder / "results"), "steps")["loss"].to_pylist())
+        found.append(held())
+    assert losses[0] == losses[3] == losses[4]
+    assert len(losses[0]) == 10
+    assert found[4]["files"] == found[0]["files"]
+    assert found[4] == found[3]
+
+
+def test_the_peak_of_memory_is_the_trials_own(tree: dict[str, Any], tmp_path: Path, cache_dir: str) -> None:
+    large = torch.ones(2**28)  # 1 GiB, of somebody before
+    del large
+    row = run_trial(assign(tree, tmp_path, cache_dir), lambda report: None)
+    status = Path("/proc/self/status").read_text()
+    now = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
+    assert row["peak_memory_bytes"] < now + 2**29
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms"),
+            "CollectiveTimeout",
+            "a worker got no answer from the others within failures.collective_timeout_s",
+        ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:39"),
+            "WorkerLost",
+            "a worker lost the connection to another one, which has ended",
+        ),
+        (OutOfMemoryError(3, 64, "too much"), "OutOfMemoryError", "out of memory at step 3"),
+        (PreemptedError(3, "gone soon"), "PreemptedError", "stopped after step 3: gone soon"),
+        (ValueError("timed out"), "ValueError", "timed out"),
+    ],
+)
+def test_what_broke_is_told_in_a_word_and_a_sentence(error: Exception, kind: str, sentence: str) -> None:
+    columns = describe_failure(error, 128)
+    assert columns["error_type"] == kind
+    assert columns["error_message"].startswith(sentence)
+
+
+def test_errors_survive_pickling() -> None:
+    for error in (DivergedError(3, "loss", 1.0), OutOfMemoryError(3, 64, "x"), PreemptedError(3, "x")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (str(again), again.step) == (str(error), 3)
