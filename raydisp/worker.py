@@ -226,6 +226,8 @@ def _train_here(
 def _train_distributed(
     assignment: Assignment, study: StudyConfig, trial: TrialConfig, started: float
 ) -> dict[str, Any]:
+    # How often Ray Train looks at its workers; each report of theirs waits for it. Its default is 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
