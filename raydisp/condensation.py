@@ -20,6 +20,7 @@ from torch import Tensor
 NORM_FLOOR = 1e-3  # the authors divide each row by max(norm, 1e-3)
 NUM_BINS = 128
 _ROWS_PER_TILE = 256
+_GROUP_ELEMENTS = 2**19  # of the tokens, or the cosines of a row of tiles, of a group: 2 MiB, in the cache
 
 HiddenStates = Tensor | Sequence[Tensor] | Mapping[int, Tensor]
 
@@ -40,16 +41,25 @@ def _layer_list(hidden_states: HiddenStates) -> list[Tensor]:
     return layers
 
 
-def _sequences(hidden: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """The usable token rows [n, F] of each sequence of one layer, in float32 or float64."""
+def _groups(hidden: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """The usable token rows [b, n, F] of one layer, in float32 or float64.
+
+    One call for a group of short sequences costs less than a call for each; a group of long ones, or under a
+    mask, which leaves each sequence its own n, is one sequence.
+    """
     if mask is not None and mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"mask has shape {list(mask.shape)}; it must be [B, L] = {list(hidden.shape[:2])}, true (or 1) "
             "for the tokens that count."
         )
     wide = hidden.detach() if hidden.dtype == torch.float64 else hidden.detach().float()
-    for index, rows in enumerate(wide):
-        yield rows if mask is None else rows[mask[index].bool()]
+    if mask is None:
+        _, length, num_features = hidden.shape
+        per_sequence = max(1, length * max(num_features, _ROWS_PER_TILE))
+        yield from wide.split(max(1, _GROUP_ELEMENTS // per_sequence))
+    else:
+        for rows, keep in zip(wide, mask, strict=True):
+            yield rows[keep.bool()][None]
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -58,28 +68,34 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 
 def _mean_cosine(rows: Tensor) -> Tensor:
-    """Mean cosine over all ordered pairs, i = j included.
+    """[...]: mean cosine over all ordered pairs of the rows [..., n, F], i = j included.
 
-    That mean is the squared norm of the mean unit vector, so no [L, L] matrix is built.
+    That mean is the squared norm of the mean unit vector, so no [n, n] matrix is built.
     """
-    return _unit_rows(rows).mean(0).square().sum().clamp(-1, 1)
+    return _mean_product(_unit_rows(rows))
+
+
+def _mean_product(units: Tensor) -> Tensor:
+    return units.mean(-2).square().sum(-1).clamp(-1, 1)
 
 
 def _mean_cosine_centred(rows: Tensor) -> Tensor:
-    return _mean_cosine(rows - rows.mean(0))
+    return _mean_cosine(rows - rows.mean(-2, keepdim=True))
 
 
 def _pair_counts(units: Tensor, num_bins: int) -> Tensor:
-    """[num_bins] int64: how many ordered pairs of the rows, i = j included, have their cosine in each bin.
+    """[num_bins] int64: how many ordered pairs of the rows of a sequence have their cosine in each bin.
 
-    Half the tiles suffice: a pair right of the diagonal tile is counted twice.
+    Of all sequences of units [..., n, F]; i = j included. Half the tiles suffice: a pair right of the
+    diagonal tile is counted twice.
     """
     counts = torch.zeros(num_bins, dtype=torch.int64, device=units.device)
-    for start in range(0, units.shape[0], _ROWS_PER_TILE):
+    for start in range(0, units.shape[-2], _ROWS_PER_TILE):
         stop = start + _ROWS_PER_TILE
-        rows = units[start:stop]
-        counts += _bin_counts(rows @ rows.T, num_bins)
-        counts += 2 * _bin_counts(rows @ units[stop:].T, num_bins)
+        rows, later = units[..., start:stop, :], units[..., stop:, :]
+        counts += _bin_counts(rows @ rows.mT, num_bins)
+        if later.shape[-2]:
+            counts += 2 * _bin_counts(rows @ later.mT, num_bins)
     return counts
 
 
@@ -90,28 +106,32 @@ def _bin_counts(cosines: Tensor, num_bins: int) -> Tensor:
 
 
 def _effective_rank(rows: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values; 1 for rows that are all zero.
+    """[...]: exp of the entropy of the normalised singular values of rows [..., n, F]; 1 where all are zero.
 
     The singular values are the roots of the eigenvalues of the smaller Gram matrix. It is formed in float64,
     so that values down to 1e-8 of the largest stay right; one dominant direction is the rule here.
     """
     rows = rows.double()
-    rows = rows / rows.abs().amax().clamp_min(1e-300)
-    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+    rows = rows / rows.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
+    gram = rows @ rows.mT if rows.shape[-2] < rows.shape[-1] else rows.mT @ rows
     singular_values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    shares = singular_values / singular_values.sum().clamp_min(1e-300)
-    return torch.special.entr(shares).sum().exp()
+    shares = singular_values / singular_values.sum(-1, keepdim=True).clamp_min(1e-300)
+    return torch.special.entr(shares).sum(-1).exp()
 
 
 def _per_layer(
     measure: Callable[[Tensor], Tensor], hidden_states: HiddenStates, mask: Tensor | None, min_tokens: int = 1
 ) -> Tensor:
-    """[layers] float64: the mean of a measure over the sequences that have enough tokens for it."""
+    """[layers] float64: the mean of a measure over the sequences that have enough tokens for it.
+
+    Args:
+        measure: [b, n, F] -> [b].
+    """
     means = []
     for hidden in _layer_list(hidden_states):
-        values = [measure(rows) for rows in _sequences(hidden, mask) if len(rows) >= min_tokens]
+        values = [measure(rows) for rows in _groups(hidden, mask) if rows.shape[1] >= min_tokens]
         nothing = torch.tensor(math.nan, dtype=torch.float64, device=hidden.device)
-        means.append(torch.stack(values).double().mean() if values else nothing)
+        means.append(torch.cat(values).double().mean() if values else nothing)
     return torch.stack(means)
 
 
@@ -140,7 +160,7 @@ def layer_cosine_centred(hidden_states: HiddenStates, mask: Tensor | None = None
 
 def layer_cosine_without_first(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
     """`layer_cosine` without the first usable token of each sequence, which is often an attention sink."""
-    return _per_layer(lambda rows: _mean_cosine(rows[1:]), hidden_states, mask, min_tokens=2)
+    return _per_layer(lambda rows: _mean_cosine(rows[:, 1:]), hidden_states, mask, min_tokens=2)
 
 
 def effective_rank(hidden_states: HiddenStates, mask: Tensor | None = None) -> Tensor:
@@ -184,11 +204,11 @@ def cosine_histogram(
     for hidden in _layer_list(hidden_states):
         counts = torch.zeros(num_bins, dtype=torch.int64, device=hidden.device)
         if kind == "pairs":
-            for rows in _sequences(hidden, mask):
+            for rows in _groups(hidden, mask):
                 counts += _pair_counts(_unit_rows(rows), num_bins)
         else:
             # The mean over sequences of c_ij is one inner product of the units laid end to end.
-            units = torch.cat([_unit_rows(rows) for rows in _sequences(hidden, None)], dim=-1)
+            units = torch.cat([_unit_rows(rows) for group in _groups(hidden, None) for rows in group], dim=-1)
             counts += _pair_counts(units / math.sqrt(hidden.shape[0]), num_bins)
         histograms.append(counts)
     return torch.stack(histograms)
@@ -302,19 +322,20 @@ class CondensationAccumulator:
         num_bins = self._histogram.shape[1]
         for number, hidden in enumerate(layers):
             sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
-            for rows in _sequences(hidden, mask):
-                if len(rows) == 0:
+            for rows in _groups(hidden, mask):
+                num_sequences, num_tokens, _ = rows.shape
+                if num_tokens == 0:
                     continue
                 units = _unit_rows(rows)
-                sums[0] += units.mean(0).square().sum().clamp(-1, 1)
-                sums[1] += _mean_cosine_centred(rows)
-                if len(rows) > 1:
-                    sums[2] += units[1:].mean(0).square().sum().clamp(-1, 1)
-                sums[3] += _effective_rank(rows)
+                sums[0] += _mean_product(units).double().sum()
+                sums[1] += _mean_cosine_centred(rows).double().sum()
+                if num_tokens > 1:
+                    sums[2] += _mean_product(units[:, 1:]).double().sum()
+                sums[3] += _effective_rank(rows).sum()
                 self._histogram[number] += _pair_counts(units, num_bins).to(self._histogram.device)
                 if number == 0:
-                    self._num_sequences[0] += 1
-                    self._num_sequences[1] += len(rows) > 1
+                    self._num_sequences[0] += num_sequences
+                    self._num_sequences[1] += num_sequences if num_tokens > 1 else 0
             self._sums[number] += sums.to(self._sums.device)
 
     def tensors(self) -> list[Tensor]:

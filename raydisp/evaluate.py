@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from raydisp.condensation import CondensationAccumulator, CondensationResult
 from raydisp.data import TokenBlocks
-from raydisp.layers import num_hidden_layers, unwrap
-from raydisp.parallel import Layout, all_reduce_sum, is_sharded, reshard
+from raydisp.layers import HiddenStateCapture, num_hidden_layers, unwrap
+from raydisp.parallel import Layout, all_reduce_sum, free_gathered, is_sharded
 
 
 @dataclass(frozen=True)
@@ -105,31 +106,37 @@ def evaluate(
     num_sequences = _whole_sequences(max_tokens, blocks)
     num_measured = min(_whole_sequences(condensation_tokens, blocks), num_sequences)
     plain = unwrap(model)
-    condensation = CondensationAccumulator(num_hidden_layers(plain) + 1, device=layout.device)
+    num_layers = num_hidden_layers(plain)
+    condensation = CondensationAccumulator(num_layers + 1, device=layout.device)
     sums = torch.zeros(3, dtype=torch.float64, device=layout.device)  # nats, squared nats, sequences
-    chunks = _chunks(_share(layout.rank, layout, num_sequences), num_measured, batch_sequences)
+    shares = [
+        _chunks(list(range(rank, num_sequences, layout.world_size)), num_measured, batch_sequences)
+        for rank in range(layout.world_size)
+    ]
     was_training = plain.training
     plain.eval()
+    # Not output_hidden_states: Hugging Face would leave hooks on the modules inside the blocks, at which
+    # torch.compile has to break up its graphs.
+    capture = HiddenStateCapture(plain, range(num_layers + 1))
     try:
         with torch.no_grad():
-            for chunk in chunks:
+            for chunk in shares[layout.rank]:
                 input_ids = blocks[chunk].to(layout.device)
                 measured = chunk[0] < num_measured
-                with autocast:
-                    output = plain(input_ids=input_ids, output_hidden_states=measured, use_cache=False)
+                with autocast, capture.recording() if measured else contextlib.nullcontext():
+                    output = plain(input_ids=input_ids, use_cache=False)
                 nats = token_losses(output.logits, input_ids).double().sum(1)
                 sums += torch.stack([nats.sum(), nats.square().sum(), nats.new_tensor(len(chunk))])
                 if measured:
-                    condensation.update(output.hidden_states)
+                    condensation.update(capture.take())
             if is_sharded(plain):
-                # Every forward pass gathers weights from all workers: those with fewer batches join in.
-                for _ in range(
-                    _most_chunks(layout, num_sequences, num_measured, batch_sequences) - len(chunks)
-                ):
+                # Each forward pass gathers parameters from all workers: those with fewer batches keep up.
+                for _ in range(max(map(len, shares)) - len(shares[layout.rank])):
                     with autocast:
                         plain(input_ids=blocks[[0]].to(layout.device), use_cache=False)
-                reshard(plain)
+                free_gathered(plain)
     finally:
+        capture.remove()
         plain.train(was_training)
     all_reduce_sum([sums, *condensation.tensors()], layout)
     total, squares, count = sums.tolist()
@@ -150,16 +157,6 @@ def evaluate(
 
 def _whole_sequences(tokens: int | None, blocks: TokenBlocks) -> int:
     return len(blocks) if tokens is None else min(len(blocks), max(1, tokens // blocks.context_length))
-
-
-def _share(rank: int, layout: Layout, num_sequences: int) -> list[int]:
-    return list(range(rank, num_sequences, layout.world_size))
-
-
-def _most_chunks(layout: Layout, num_sequences: int, num_measured: int, size: int) -> int:
-    """Forward passes of the worker that makes most of them."""
-    shares = [_share(rank, layout, num_sequences) for rank in range(layout.world_size)]
-    return max(len(_chunks(share, num_measured, size)) for share in shares)
 
 
 def _chunks(indices: list[int], num_measured: int, size: int) -> list[list[int]]:
