@@ -84,7 +84,7 @@ class Clock:
             self._startup_s = time.time() - self._job["started"]
 
     def result(self, losses: list[float]) -> dict[str, Any]:
-        """tokens_per_s of the steady steps, startup_s to the end of the first, peak_bytes of the process, ..."""
+        """tokens_per_s of the steady steps, startup_s to the end of the first, peak_bytes, ..."""
         job = self._job
         assert len(self._ends) == len(losses) == job["steps"]
         warmup = job["warmup"]
@@ -568,8 +568,8 @@ def compare_loops(base: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     print_comparison(rows, "bare")
     all_steps = median_ratio(found["ours"], found["bare"], "all_steps_tokens_per_s")
     print(
-        f"\nours / Trainer {median_ratio(found['ours'], found['Trainer']):.3f}; losses at most {apart:.1e} nats"
-        f" apart; with the first steps, by TrainResult.tokens_per_s, ours / bare {all_steps:.3f}"
+        f"\nours / Trainer {median_ratio(found['ours'], found['Trainer']):.3f}; losses at most {apart:.1e} "
+        f"nats apart; with the first steps, by TrainResult.tokens_per_s, ours / bare {all_steps:.3f}"
     )
     rows[0]["all_steps_over_bare"] = all_steps
     rows[0]["over_Trainer"] = median_ratio(found["ours"], found["Trainer"])

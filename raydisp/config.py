@@ -242,7 +242,9 @@ class TrainConfig(Section):
     activation_checkpointing: Annotated[
         bool, Field(description="compute the blocks' activations again in backward: less memory, slower")
     ] = False
-    compile: Annotated[bool, Field(description="torch.compile every block")] = False
+    compile: Annotated[
+        bool, Field(description="torch.compile every block; dropout then draws other noise")
+    ] = False
 
 
 class DispersionConfig(Section):
