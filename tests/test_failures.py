@@ -235,7 +235,7 @@ def drain(address: str, node_id: str) -> None:
 
 def test_a_node_that_gives_notice_and_a_node_that_is_lost(tree: dict[str, Any], tmp_path: Path) -> None:
     """Three nodes, a trial on each: one gives notice, one dies, and both trials go on on the third."""
-    long_study(tree, tmp_path, 3600)
+    long_study(tree, tmp_path, 1500)
     tree["search"]["num_trials"] = 2
     path = write(tree, tmp_path / "out")
     folder = tmp_path / "out" / "tiny"
@@ -268,7 +268,7 @@ def test_a_node_that_gives_notice_and_a_node_that_is_lost(tree: dict[str, Any], 
     }
     for trial in range(3):
         steps = [row["step"] for row in tables.steps.to_pylist() if row["trial"] == trial]
-        assert steps == list(range(1, 3601)), "no step lost, none doubled"
+        assert steps == list(range(1, 1501)), "no step lost, none doubled"
     # Notice was given: nothing had to be replayed.
     again = next(row for row in tables.trials.to_pylist() if row["trial"] == preempted[0]["trial"])
     stopped_at = int(re.findall(r"after step (\d+)", preempted[0]["error_message"])[0])
