@@ -20,6 +20,8 @@ from raydisp.layers import HiddenStateCapture
 from raydisp.parallel import Layout, clip_gradients, parallelise
 from raydisp.train import train
 
+pytestmark = pytest.mark.processes  # of the compiler, and the minutes that it takes
+
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
