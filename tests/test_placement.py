@@ -52,7 +52,8 @@ def address() -> Iterator[str]:
 
 def trial_processes() -> int:
     """How many processes Tune has started for trials on this Ray so far."""
-    return sum(actor.class_name == "ImplicitFunc" for actor in list_actors(limit=1000))
+    here = ray.get_runtime_context().gcs_address  # another Ray may run on the machine
+    return sum(actor.class_name == "ImplicitFunc" for actor in list_actors(address=here, limit=1000))
 
 
 @dataclasses.dataclass(frozen=True)
