@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,11 @@ from raydisp.errors import ResourceError
 DRIVER_RESOURCES = {"node:__internal_head__": 0.001}
 """What the process that only waits for a trial's Ray Train workers asks for: a place on the head node and no
 CPU. Drivers that take CPUs can take all of them, and then no worker ever starts."""
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+"""Of NVIDIA, AMD and Windows' own Linux; without any of these files torch finds no GPU."""
+PRELOADED = ("raydisp.train", "transformers.modeling_utils")
+"""What a trial that trains in its own process imports: 4 s that pass while Ray and the study start."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,12 @@ def _count(number: float, unit: str) -> str:
 
 def this_machine() -> Node:
     """CPUs that this process may use, and the GPUs that torch sees."""
-    import torch
+    gpus = 0
+    if sys.platform != "linux" or any(os.path.exists(place) for place in GPU_DEVICES):
+        import torch  # not where there is no GPU to ask for: it takes a second or two
 
-    return Node(cpus=len(os.sched_getaffinity(0)), gpus=torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+    return Node(cpus=len(os.sched_getaffinity(0)), gpus=gpus)
 
 
 def joins_cluster(address: str | None) -> bool:
@@ -109,12 +118,13 @@ def joins_cluster(address: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def running_ray(address: str | None, *, verbose: bool) -> Iterator[list[Node]]:
+def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = False) -> Iterator[list[Node]]:
     """Ray for the time of a study: a cluster joined, or a local one started and ended again.
 
     Args:
         address: of a cluster, or "local"; None: RAY_ADDRESS, else one started on this machine by `ray start`,
             else a local one.
+        num_workers: of a trial: with one, nobody uses Ray Train.
     Yields:
         The nodes that are alive.
     Raises:
@@ -129,6 +139,9 @@ def running_ray(address: str | None, *, verbose: bool) -> Iterator[list[Node]]:
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `search` has its own
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "60")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    if num_workers == 1:
+        # In every process of a local Ray as it starts; those that Ray starts ahead wait for the first trials.
+        os.environ.setdefault("RAY_preload_python_modules", ",".join(PRELOADED))
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
@@ -137,14 +150,14 @@ def running_ray(address: str | None, *, verbose: bool) -> Iterator[list[Node]]:
         if joining:
             ray.init(address=address or "auto", **options)
         else:
-            # The dashboard must run: without it Ray Train cannot clean up its placement groups, and the
-            # second wave of trials waits for ever. It stays on loopback.
+            # Ray Train needs the dashboard: without it it cannot clean up its placement groups, and the
+            # second wave of trials waits for ever. It stays on loopback. Elsewhere it would only cost.
             node = this_machine()
             ray.init(
                 address="local",
                 num_cpus=int(node.cpus),
                 num_gpus=int(node.gpus),
-                include_dashboard=True,
+                include_dashboard=num_workers > 1,
                 dashboard_host="127.0.0.1",
                 **options,
             )

@@ -98,6 +98,16 @@ def prepare(trial: TrialConfig, cache_dir: str, progress: Callable[[int], Any] |
     return str(folder)
 
 
+def find_prepared(trial: TrialConfig, cache_dir: str) -> str | None:
+    """The folder that `prepare` would return, if the token blocks are there already; else None.
+
+    Raises:
+        DataError, ModelError: as `prepare`.
+    """
+    folder = Path(cache_dir) / _key(trial, corpus.open_corpus(trial.data))
+    return str(folder) if (folder / "meta.json").is_file() else None
+
+
 def check_data(trial: TrialConfig) -> CorpusSummary:
     """What the corpus holds, with every mistake of the data that can be told cheaply; writes nothing.
 

@@ -82,6 +82,10 @@ class PreemptedError(Exception):
         return f"stopped after step {self.step}: {self.reason}"
 
 
+class UnfitProcessError(Exception):
+    """A trial has ended and its row is written, but its process must not be given another trial."""
+
+
 def suggest(word: str, allowed: Iterable[str]) -> str:
     """' Did you mean "last"?' for a near miss, '' otherwise."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)

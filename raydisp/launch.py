@@ -95,6 +95,11 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
 
 def _prepare_data(trial: TrialConfig, cache_dir: str, *, quiet: bool) -> str:
     """Make the token blocks in a Ray task, or find them; returns their folder."""
+    from raydisp.data import find_prepared
+
+    found = find_prepared(trial, cache_dir)
+    if found is not None:  # a task would start a process to find the same
+        return found
     task = ray.remote(num_cpus=1, max_retries=0)(_prepare).options(num_returns="streaming")
     hidden = quiet or not sys.stderr.isatty()
     with tqdm(desc="Tokenising", unit="B", unit_scale=True, delay=1, disable=hidden, leave=False) as bar:

@@ -71,15 +71,15 @@ def model_summary(model: ModelConfig, context_length: int) -> ModelSummary:
     Raises:
         ModelError: as `check_model`.
     """
+    if isinstance(model, ScratchModel):
+        count = _count_scratch_parameters(model, context_length)
+        return ModelSummary(count, model.num_layers, model.hidden_size, model.vocab_size)
     import torch
     from transformers import AutoModelForCausalLM
 
-    if isinstance(model, ScratchModel):
-        config = _scratch_config(model, context_length, model.vocab_size, None)
-    else:
-        config = _pretrained_config(model, None)
-        _check_causal(model, config)
-        _check_positions(model, config, context_length)
+    config = _pretrained_config(model, None)
+    _check_causal(model, config)
+    _check_positions(model, config, context_length)
     trust = getattr(model, "trust_remote_code", False)
     with _model_errors(model), torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
@@ -90,6 +90,26 @@ def model_summary(model: ModelConfig, context_length: int) -> ModelSummary:
         text.hidden_size,
         text.vocab_size,
     )
+
+
+def _count_scratch_parameters(model: ScratchModel, context_length: int) -> int:
+    """By arithmetic: torch and transformers take seconds to import, and the command needs them for nothing
+    else."""
+    hidden, vocabulary = model.hidden_size, model.vocab_size
+    ffn_size = model.ffn_size or 4 * hidden
+    embeddings = vocabulary * hidden * (1 if model.tie_embeddings else 2)
+    if model.family == "gpt2":
+        attention = 4 * hidden * hidden + 4 * hidden
+        mlp = 2 * hidden * ffn_size + ffn_size + hidden
+        norms = 4 * hidden
+        outside = context_length * hidden + 2 * hidden  # positions; the final norm
+    else:
+        head_size = hidden // model.num_heads
+        attention = 2 * hidden * hidden + 2 * hidden * head_size * (model.num_kv_heads or model.num_heads)
+        mlp = 3 * hidden * ffn_size
+        norms = 2 * hidden + (2 * head_size if model.family == "qwen3" else 0)
+        outside = hidden
+    return embeddings + outside + model.num_layers * (attention + mlp + norms)
 
 
 def resolve_revision(model: ModelConfig) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from raydisp.config import TrainConfig
 from raydisp.errors import ConfigError
 from raydisp.layers import find_blocks, unwrap
 from raydisp.precision import AUTOCAST_DTYPES
+from raydisp.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,6 @@ def all_reduce_sum(tensors: Iterable[Tensor], layout: Layout) -> None:
     if layout.world_size > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a function of its parts: unlike seed + step, neighbours do not collide."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seed_step(seed: int, step: int, layout: Layout) -> None:

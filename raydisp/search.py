@@ -29,16 +29,18 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 
-from raydisp import results, retries, space, storage
+from raydisp import results, retries, space, storage, tidy
 from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.cluster import DRIVER_RESOURCES, Plan
 from raydisp.config import SearchConfig, StudyConfig, field_of
-from raydisp.errors import OutputError, PreemptedError
+from raydisp.errors import OutputError, PreemptedError, UnfitProcessError
 from raydisp.interrupts import stop_tune_on_interrupt
-from raydisp.parallel import derive_seed
-from raydisp.worker import Assignment, blank_row, checkpoint_dir, run_trial
+from raydisp.seeds import derive_seed
+from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
 
 logger = logging.getLogger(__name__)
+
+RunTrial = Callable[[Assignment, Report], Row]
 
 
 def make_sampler(search: SearchConfig, seed: int, trial: int) -> BaseSampler:
@@ -305,12 +307,14 @@ def run_search(
     *,
     on_result: Callable[[Mapping[str, Any]], None],
     on_finished: Callable[[Row], None],
+    run: RunTrial = run_trial,
 ) -> None:
     """Run what is left of a search on the Ray that is running.
 
     Args:
         on_result: called with what a running trial reports: trial, step, num_tokens, val_loss, elapsed_s.
         on_finished: called with the row of each trial that ends.
+        run: trains one trial in its process and returns its row.
     Raises:
         KeyboardInterrupt: the user stopped it.
     """
@@ -318,7 +322,7 @@ def run_search(
         optuna_study = OptunaStudy(launch.study, Path(scratch))
         searcher = StudySearcher(launch, agenda, optuna_study, on_finished)
         tuner = tune.Tuner(
-            tune.with_resources(_trainable(launch.study), _trial_resources(launch.plan)),
+            tune.with_resources(_trainable(launch.study, run), _trial_resources(launch.plan)),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,  # the searcher knows: trials may come back
@@ -345,16 +349,30 @@ def run_search(
             raise KeyboardInterrupt
 
 
-def _trainable(study: StudyConfig) -> Callable[[dict[str, Any]], None]:
+def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[str, Any]], None]:
+    """What Tune calls in a trial's process, for one trial after the other.
+
+    Args:
+        run: trains one trial and returns its row.
+    """
+
     def run_in_process(config: dict[str, Any]) -> None:
         # How long Tune waits for this function to come to its end before the process gets another trial;
         # after that it would fail the other one.
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
         assignment = Assignment(**config)
-        row = run_trial(assignment, tune.report)
+        threads = tidy.threads()
+        row = run(assignment, tune.report)
         tune.report({"status": row["status"]})
         if row["status"] == "interrupted":  # by notice: no trial may follow on this node
             raise PreemptedError(row["resumed_step"] or 0, row["error_message"])
+        left = tidy.leftovers(threads)
+        if left or row["status"] == "failed":
+            # The row is written, and says how the trial ended. By an error here Tune ends the process instead
+            # of giving it the next trial, which then gets a fresh one.
+            raise UnfitProcessError(
+                f"after {assignment.name}, {row['status']}: {', '.join(left) or 'an error'}"
+            )
 
     # Tune registers trainables by name for the whole cluster: two studies must not have the same.
     run_in_process.__name__ = f"raydisp_{study.name}_{uuid.uuid4().hex[:8]}"

@@ -128,7 +128,9 @@ def _run_trials(study: StudyConfig, study_dir: str, plan: StudyPlan, arguments: 
     _say(arguments, plan.headline())
     with (
         storage.exclusive(study_dir),
-        cluster.running_ray(arguments.address, verbose=arguments.verbose) as nodes,
+        cluster.running_ray(
+            arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
+        ) as nodes,
         terminate_as_interrupt(),  # again: Ray has set a handler of its own
     ):
         from raydisp.search import run_search

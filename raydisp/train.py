@@ -30,12 +30,12 @@ from raydisp.parallel import (
     Layout,
     all_reduce_sum,
     clip_gradients,
-    derive_seed,
     gradient_sync,
     parallelise,
     seed_step,
 )
 from raydisp.precision import LossScale, make_autocast, resolve_precision, use_tf32
+from raydisp.seeds import derive_seed
 
 MAX_SKIPPED_IN_A_ROW = 100
 """Steps without a finite gradient, one after the other, that `on_nonfinite: skip_step` bears: a model whose

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import gc
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import results, retries, space, storage
+from raydisp import results, retries, space, storage, tidy
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
 from raydisp.errors import ConfigError, DivergedError, OutOfMemoryError, OutputError, PreemptedError
 from raydisp.layers import resolve_layers
@@ -82,6 +81,7 @@ def run_trial(assignment: Assignment, report: Report) -> dict[str, Any]:
         assignment = dataclasses.replace(assignment, attempt=assignment.attempt + 1)
 
 
+@tidy.left_as_found()
 def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     """Make one attempt at a trial and write its row; never raises for what the trial does.
 
@@ -212,22 +212,16 @@ def _train_here(
     from raydisp.preemption import notice_to_this_node
 
     layout = Layout(device=_device(assignment.gpus_per_worker))
-    try:
-        return train_share(assignment, study, trial, started, layout, report, notice_to_this_node)
-    finally:
-        # The process may train other trials after this one: what this one held must be gone.
-        gc.collect()
-        if layout.device.type == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()
+    return train_share(assignment, study, trial, started, layout, report, notice_to_this_node)
 
 
 def _train_distributed(
     assignment: Assignment, study: StudyConfig, trial: TrialConfig, started: float
 ) -> dict[str, Any]:
-    # How often Ray Train looks at its workers; each report of theirs waits for it. Its default is 2 s.
+    # Ray Train reads these here and passes them on; what the user has set stays. Its controller looks after
+    # the workers every 2 s by default, and each report and the end of a trial wait for that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback

@@ -61,10 +61,11 @@ RAYS_OWN = {"_AutoscalingCoordinatorActor"}  # Ray makes one for a cluster and k
 def left_on_cluster() -> dict[str, list[Any]]:
     """Actors and placement groups that are not gone; waits a little for Ray's own bookkeeping."""
     deadline = time.monotonic() + 20
+    here = ray.get_runtime_context().gcs_address  # another Ray may run on the machine
     while True:
-        alive = {actor.class_name for actor in list_actors() if actor.state != "DEAD"}
+        alive = {actor.class_name for actor in list_actors(address=here) if actor.state != "DEAD"}
         actors = sorted(alive - RAYS_OWN)
-        groups = [group.name for group in list_placement_groups() if group.state != "REMOVED"]
+        groups = [group.name for group in list_placement_groups(address=here) if group.state != "REMOVED"]
         if not (actors or groups) or time.monotonic() > deadline:
             return {"actors": actors, "placement_groups": groups}
         time.sleep(1)

@@ -17,8 +17,9 @@ from raydisp.config import StudyConfig, TrainConfig, TrialConfig, replace_fields
 from raydisp.errors import CheckpointError, DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.memory import is_out_of_memory, micro_batch_sequences
 from raydisp.optimizer import learning_rate_factor, make_optimizer
-from raydisp.parallel import Layout, derive_seed
+from raydisp.parallel import Layout
 from raydisp.precision import LossScale, make_autocast, use_tf32
+from raydisp.seeds import derive_seed
 from raydisp.train import TrainResult, accumulate_gradients, make_term, train
 
 
