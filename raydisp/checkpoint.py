@@ -246,9 +246,8 @@ class CheckpointFolder:
                     no_dist=self._layout.world_size == 1,
                 )
             except (Exception, CheckpointException) as error:
-                raise CheckpointError(
-                    f"{folder} cannot be read: {str(_first_cause(error)).splitlines()[0]}; delete it"
-                ) from None
+                reason = " ".join(str(_first_cause(error)).split())[:300]  # as the sentence of a save
+                raise CheckpointError(f"{folder} cannot be read: {reason}; delete it") from None
 
     def delete(self) -> None:
         """Remove all checkpoints of the trial. One worker calls it."""

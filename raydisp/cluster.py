@@ -130,8 +130,8 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
     Raises:
         ResourceError: the cluster does not answer.
     """
-    # Ray reads these when it is imported or started; what the user has set stays.
     joining = joins_cluster(address)
+    # Ray reads these when it is imported or started; what the user has set stays.
     if not joining:  # nobody takes this machine away, and it is one process per trial
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

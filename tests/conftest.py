@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,23 @@ def tree(corpus_dir: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def study(tree: dict[str, Any]) -> StudyConfig:
     return StudyConfig.model_validate(copy.deepcopy(tree))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """One Ray of two CPUs for the module, which the commands join as they would a cluster."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
 
 
 WriteStudy = Callable[[dict[str, Any]], Path]

@@ -9,42 +9,28 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 from conftest import start_command
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from test_on_ray import left_on_cluster, wait_for, write
 from test_parallel import run_two
+from test_worker import assign
 
-from raydisp import data, results
+from raydisp import results
 from raydisp.config import StudyConfig, replace_fields
-from raydisp.worker import Assignment, run_attempt
+from raydisp.worker import run_attempt
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 CHECKPOINT_EVERY, EVALUATE_EVERY = 72, 18
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
 
 
 def long_study(tree: dict[str, Any], tmp_path: Path, num_steps: int, **resources: Any) -> Path:
@@ -110,26 +96,10 @@ def check_rows(folder: Path, trial: int, num_attempts: int, reference: list[floa
 
 def undisturbed(tree: dict[str, Any], tmp_path: Path, weight: float) -> list[float]:
     """Losses of a trial of one worker that nobody kills, trained in this process."""
-    study = StudyConfig.model_validate(tree)
-    cache = str(tmp_path / "cache")
-    assignment = Assignment(
-        study=study.model_dump(mode="json"),
-        study_dir=str(tmp_path / "alone"),
-        cache_dir=cache,
-        working_dir=".",
-        trial=1,
-        attempt=1,
-        phase="search",
-        arm="search",
-        values={"dispersion.weight": weight},
-        gpus_per_worker=0,
-        prepared=data.prepare(study.trial, cache),
-        model_revision=None,
-        code_version="0",
-        packages={},
-    )
+    alone = tmp_path / "alone"
+    assignment = assign(tree, alone, str(tmp_path / "cache"), values={"dispersion.weight": weight})
     assert run_attempt(assignment, lambda report: None)["status"] == "completed"
-    return results.read_tables(str(tmp_path / "alone")).steps["loss"].to_pylist()
+    return results.read_tables(assignment.study_dir).steps["loss"].to_pylist()
 
 
 def weights_of(folder: Path) -> dict[int, float]:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,6 @@ from raydisp.worker import Assignment, run_attempt
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """One Ray of two CPUs for the module, which the commands join as they would a cluster."""
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
 
 
 def write(tree: dict[str, Any], folder: Path) -> Path:

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 Row = dict[str, Any]
 NUM_TRIALS = {1: 4, 2: 2}
 """Workers of a trial -> trials, with the baseline."""
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
 
 
 def trial_processes() -> int:
