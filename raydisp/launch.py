@@ -20,8 +20,8 @@ import raydisp
 from raydisp.agenda import Agenda
 from raydisp.cluster import Node, plan_resources
 from raydisp.config import StudyConfig, TrialConfig
+from raydisp.dispatch import Launch
 from raydisp.errors import OutputError, RaydispError
-from raydisp.search import Launch
 
 PACKAGES = (
     "torch",
@@ -74,12 +74,10 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
     Raises:
         OutputError: earlier rows of the study name other data or another model.
     """
-    from raydisp.data import read_meta
-
     if any(name.split(".")[0] in ("data", "model") for name in launch.study.search.space):
         return  # such a study compares data or models
     found = {
-        "data_sha256": read_meta(launch.prepared)["data_sha256"],
+        "data_sha256": data_sha256(launch),
         "model_revision": launch.model_revision,
     }
     for row in [*agenda.finished, *agenda.resumed]:
@@ -91,6 +89,13 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
                     f"the {column.split('_')[0]} changed, and new trials would not compare with the old. "
                     "Restore it, or give the study another name (name:) or place (--output)"
                 )
+
+
+def data_sha256(launch: Launch) -> str:
+    """Of the study's data."""
+    from raydisp.data import read_meta
+
+    return str(read_meta(launch.prepared)["data_sha256"])
 
 
 def _prepare_data(trial: TrialConfig, cache_dir: str, *, quiet: bool) -> str:

@@ -18,7 +18,7 @@ class Progress:
     """A bar over the tokens of all trials; plain lines, one for each trial that ends, without a terminal."""
 
     def __init__(self, study: StudyConfig, plan: StudyPlan, *, quiet: bool) -> None:
-        self._objective = study.search.objective
+        self._objective = study.search.primary
         self._tokens_per_trial = study.num_steps * study.train.global_batch_tokens
         self._total = plan.agenda.num_trials
         self._tokens: dict[int, int] = {}

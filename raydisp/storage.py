@@ -43,6 +43,11 @@ def join(location: str, *parts: str) -> str:
     return "/".join([location.rstrip("/") or "/", *parts])
 
 
+def local_absolute(location: str) -> str:
+    """A local path made absolute; a URI as it is."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
 def exists(location: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = resolve(location)

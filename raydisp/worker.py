@@ -37,6 +37,9 @@ Report = Callable[[dict[str, Any]], None]
 
 MAX_MESSAGE_LENGTH = 2000
 
+STOP_RULE_TIMEOUT_S = 60.0
+"""How long a trial waits to be told whether it goes on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
@@ -60,6 +63,10 @@ class Assignment:
     model_revision: str | None
     code_version: str
     packages: dict[str, str]
+    stop_rule: dict[str, str] | None = None
+    """Name and namespace of the actor that says whether the trial goes on, and the metric that it watches."""
+    lease: str | None = None
+    """Of the results folder, while this study holds it."""
 
     @property
     def name(self) -> str:
@@ -111,8 +118,9 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
         outcome = _place(assignment, study, trial, started, report)
         used = outcome.pop("used")
         for name, column in searched.items():
-            row[name] = space.column_value(in_the_words_of(trial, name, used), column)
-        row.update(outcome, status="completed")
+            if row[name] is not None:  # null: a field that is not searched here
+                row[name] = space.column_value(in_the_words_of(trial, name, used), column)
+        row.update(outcome)
     except Exception as error:
         tokens_per_step = field_of(json.loads(row["config_json"]), "train.global_batch_tokens")
         row.update(describe_failure(error, tokens_per_step))
@@ -166,9 +174,9 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "packages_json": json.dumps(assignment.packages, sort_keys=True),
         "started_at": _utc(started),
     }
+    values = space.searched_values(study, with_fields(trial, assignment.values))
     for name, column in space.column_types(study).items():
-        value = assignment.values.get(name, _field(trial, name))
-        row[name] = space.column_value(value, column)
+        row[name] = space.column_value(values.get(name), column)
     return row
 
 
@@ -344,21 +352,17 @@ def train_share(
         resume_from=resume_from,
         on_start=lambda: first_step_at.append(time.time()),
         on_evaluation=report,
+        must_stop=_must_stop(assignment) if layout.is_main else None,
         interruption=interruption,
     )
-    final = result.final
     return {
+        "status": "completed" if result.final is not None else "pruned",
         "num_steps": result.num_steps,
         "num_tokens": result.num_tokens,
         "num_skipped_steps": result.num_skipped_steps,
         "resumed_step": resumed_step,
         "train_loss": result.train_loss,
-        "val_loss": final.loss,
-        "val_perplexity": final.perplexity,
-        "val_bits_per_byte": final.bits_per_byte,
-        "layer_cosine_mean": final.layer_cosine_mean,
-        "spearman": final.condensation.spearman,
-        "kendall": final.condensation.kendall,
+        **(result.final.metrics() if result.final is not None else {}),
         "train_s": result.train_s,
         "startup_s": first_step_at[0] - started,
         "tokens_per_s": result.tokens_per_s,
@@ -372,6 +376,26 @@ def train_share(
         "model_revision": revision,
         "used": result.used,
     }
+
+
+def _must_stop(assignment: Assignment) -> Callable[[dict[str, Any]], bool] | None:
+    """Asks the study's rule, an actor, whether the trial must stop; where it does not answer, it need not."""
+    rule = assignment.stop_rule
+    if rule is None:
+        return None
+
+    def ask(metrics: dict[str, Any]) -> bool:
+        import ray
+
+        try:
+            actor = ray.get_actor(rule["name"], namespace=rule["namespace"])
+            told = actor.report.remote(assignment.trial, metrics["num_tokens"], metrics[rule["metric"]])
+            return bool(ray.get(told, timeout=STOP_RULE_TIMEOUT_S))
+        except (ray.exceptions.RayError, ValueError) as error:
+            logger.warning("%s goes on: nobody says whether it must stop (%s)", assignment.name, error)
+            return False
+
+    return ask
 
 
 def _device(gpus: float) -> Any:
