@@ -218,7 +218,8 @@ class OptunaStudy:
         if state != TrialState.PRUNED or not curve or len(self._objectives) == 1:
             return {}
         metrics = curve[-1][1]
-        return {one.metric: metrics[one.metric] for one in self._objectives if one.metric in metrics}
+        found = {one.metric: metrics.get(one.metric) for one in self._objectives}
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _attributes(row: Row) -> dict[str, Any]:
