@@ -134,21 +134,29 @@ def pareto_front(trials: pa.Table, *objectives: Objective) -> pa.Table:
         One row per trial of the front, best first by the first objective: study, phase, trial, attempt,
         num_tokens, and a column per objective.
     """
-    rows = [
-        row for row in search_trials(trials).sort_by("trial").to_pylist() if row["num_tokens"] is not None
-    ]
+    needed = dict.fromkeys(["study", "phase", "trial", "attempt", "num_tokens", "status"])
+    table = search_trials(trials).select([*needed | dict.fromkeys(one.metric for one in objectives)])
+    rows = [row for row in table.sort_by("trial").to_pylist() if row["num_tokens"] is not None]
     rows = [row for row in rows if all(value_of(row, one.metric) is not None for one in objectives)]
     most = max((row["num_tokens"] for row in rows), default=0)
     rows = [row for row in rows if row["num_tokens"] == most]
-    signs = np.array([1.0 if one.mode == "min" else -1.0 for one in objectives])
-    points = np.array([[row[one.metric] for one in objectives] for row in rows], dtype=float) * signs
-    kept = [
-        row
-        for row, point in zip(rows, points, strict=True)
-        if not np.any(np.all(points <= point, axis=1) & np.any(points < point, axis=1))
+    signs = [1.0 if one.mode == "min" else -1.0 for one in objectives]
+    points = [
+        tuple(row[one.metric] * sign for one, sign in zip(objectives, signs, strict=True)) for row in rows
     ]
-    first = objectives[0]
-    kept.sort(key=lambda row: row[first.metric] * signs[0])
+    # In this order no point betters one before it, and the first objective of those before is as good: only
+    # the others must be compared, with the distinct points of the front so far.
+    front = np.empty((len(rows), len(objectives) - 1))
+    kept: list[Row] = []
+    last, number = None, 0
+    for index in sorted(range(len(rows)), key=points.__getitem__):
+        point = points[index]
+        if point != last:
+            if (front[:number] <= np.array(point[1:])).all(axis=1).any():
+                continue
+            front[number] = point[1:]
+            last, number = point, number + 1
+        kept.append(rows[index])
     columns = ("study", "phase", "trial", "attempt", "num_tokens")
     schema = pa.schema(
         [
@@ -333,8 +341,8 @@ def _front_sentence(trials: pa.Table, objectives: Sequence[Objective], baseline:
             told = ", ".join(map(str, better[:MAX_FRONT_SHOWN]))
             told += f" and {len(better) - MAX_FRONT_SHOWN} more" if len(better) > MAX_FRONT_SHOWN else ""
             against = (
-                f"trial{'s' if plural else ''} {told} {'are' if plural else 'is'} better than the baseline in "
-                "one of them and no worse in the others"
+                f"trial{'s' if plural else ''} {told} {'are' if plural else 'is'} better than the baseline "
+                "in one of them and no worse in the others"
             )
     return f"Pareto front over {wanted}: {shown}{more}; {against}."
 

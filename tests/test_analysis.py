@@ -432,8 +432,8 @@ def test_a_summary_of_several_objectives() -> None:
         "layer_cosine_mean 0.700); trial 1 (val_loss 5.100, layer_cosine_mean 0.500); trial 1 is better than "
         "the baseline in one of them and no worse in the others."
     )
-    assert loss.startswith("Best of 3 completed: trial 2 with val_loss 5.000")
-    assert cosine.startswith("Best of 3 completed: trial 1 with layer_cosine_mean 0.500")
+    assert loss.startswith("Best of 3: trial 2 with val_loss 5.000")
+    assert cosine.startswith("Best of 3: trial 1 with layer_cosine_mean 0.500")
     assert condensed.startswith("Condensation")
 
 
