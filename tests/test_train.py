@@ -451,3 +451,55 @@ def test_derived_seeds_do_not_collide_for_neighbours() -> None:
     }
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# --- stopped early -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("at", "steps"), [(512, 4), (1024, 8)])
+def test_a_training_is_stopped_after_an_evaluation(run: Run, at: int, steps: int) -> None:
+    whole, whole_rows, _ = run()
+    asked: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
+
+    def must_stop(metrics: dict[str, Any]) -> bool:
+        asked.append(metrics)
+        return metrics["num_tokens"] >= at
+
+    result, rows, _ = run(must_stop=must_stop, on_evaluation=reported.append)
+    assert (result.final, result.train_loss) == (None, None)
+    assert (result.num_steps, result.num_tokens) == (steps, at)
+    assert result.tokens_per_s > 0
+    assert rows.column("step") == list(range(1, steps + 1))
+    # The schedule belongs to the full budget: up to here it is the same training.
+    for name in ("loss", "learning_rate"):
+        assert rows.column(name) == whole_rows.column(name)[:steps]
+    assert rows.flushed[-1] == steps, "what was measured is written"
+    assert [metrics["num_tokens"] for metrics in asked] == list(range(512, at + 1, 512))
+    for metrics in asked:
+        told = next(report for report in reported if report["step"] == metrics["step"])
+        assert {**metrics, "elapsed_s": 0} == {**told, "elapsed_s": 0}
+        assert {"val_loss", "val_perplexity", "layer_cosine_mean", "spearman", "kendall"} < set(metrics)
+    assert whole.final is not None
+
+
+def test_a_training_that_may_go_on_is_as_if_nobody_asked(run: Run) -> None:
+    asked: list[int] = []
+
+    def must_stop(metrics: dict[str, Any]) -> bool:
+        asked.append(metrics["num_tokens"])
+        return False
+
+    whole, rows, _ = run()
+    result, same, _ = run(must_stop=must_stop)
+    assert asked == [512, 1024], "neither before the first step nor at the end"
+    assert same.column("loss") == rows.column("loss")
+    assert result.final.loss == whole.final.loss
+
+
+def test_one_that_was_stopped_leaves_no_checkpoint_of_its_end(run: Run, tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path), "x")
+    run({"checkpoint.every_tokens": 256}, checkpoints=folder, must_stop=lambda metrics: True)
+    saved = folder.find()
+    assert saved is not None
+    assert saved.step == 2, "of before the evaluation at which it was stopped"

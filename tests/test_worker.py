@@ -325,3 +325,58 @@ def test_errors_survive_pickling() -> None:
     for error in (DivergedError(3, "loss", 1.0), OutOfMemoryError(3, 64, "x"), PreemptedError(3, "x")):
         again = pickle.loads(pickle.dumps(error))
         assert (str(again), again.step) == (str(error), 3)
+
+
+@pytest.mark.parametrize("every_tokens", [None, 256])
+def test_a_trial_that_is_stopped_is_pruned(
+    tree: dict[str, Any],
+    tmp_path: Path,
+    cache_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    every_tokens: int | None,
+) -> None:
+    monkeypatch.setattr(
+        "raydisp.worker._must_stop", lambda assignment: lambda metrics: metrics["num_tokens"] >= 512
+    )
+    tree["checkpoint"] = {"every_tokens": every_tokens}
+    reports: list[dict[str, Any]] = []
+    row = run_trial(assign(tree, tmp_path, cache_dir, values={"dispersion.weight": 0.7}), reports.append)
+    stored = results.read_trial(str(tmp_path / "results"), 1, 1)
+    assert stored["status"] == row["status"] == "pruned"
+    assert (stored["num_steps"], stored["num_tokens"]) == (4, 512)
+    metrics = ("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "layer_cosine_mean")
+    assert [stored[name] for name in (*metrics, "spearman", "kendall")] == [None] * 7
+    assert stored["dispersion.weight"] == 0.7, "read back from what was used, as of any other"
+    assert stored["error_type"] is None
+    assert stored["tokens_per_s"] > 0
+    assert stored["ended_at"] is not None
+    tables = results.read_tables(str(tmp_path / "results"))
+    assert tables.steps["step"].to_pylist() == [1, 2, 3, 4]
+    assert sorted(set(tables.evals["num_tokens"].to_pylist())) == [0, 512], "its curve is kept"
+    assert [report["num_tokens"] for report in reports] == [0, 512]
+    assert not (tmp_path / "results" / "checkpoints" / "trial-00001").exists()
+
+
+def test_a_field_that_is_not_searched_here_is_null(
+    tree: dict[str, Any], tmp_path: Path, cache_dir: str
+) -> None:
+    tree["search"]["space"] = {
+        "dispersion.variant": ["angular_spread", "cosine"],
+        "dispersion.temperature": {
+            "low": 0.5,
+            "high": 2.0,
+            "when": {"dispersion.variant": ["angular_spread"]},
+        },
+    }
+    rows = []
+    for trial, values in enumerate(
+        [
+            {"dispersion.variant": "cosine"},
+            {"dispersion.variant": "angular_spread", "dispersion.temperature": 0.75},
+        ],
+        1,
+    ):
+        row = run_trial(assign(tree, tmp_path, cache_dir, trial=trial, values=values), lambda report: None)
+        assert row["status"] == "completed", row["error_message"]
+        rows.append((row["dispersion.variant"], row["dispersion.temperature"]))
+    assert rows == [("cosine", None), ("angular_spread", 0.75)]
