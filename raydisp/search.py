@@ -50,16 +50,24 @@ class StudySearcher(Searcher):
         optuna_study: OptunaStudy,
         *,
         close_stop_rule: Callable[[int, str], None] = lambda trial, status: None,
+        taken_over: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Args:
+        close_stop_rule: told of each trial that ends, with its status.
+        taken_over: whether another command has the results folder now: nothing more is written.
+        """
         super().__init__()
         self._dispatcher = dispatcher
         self._optuna = optuna_study
         self._close_stop_rule = close_stop_rule
         self.running: dict[str, Assignment] = {}
+        self._taken_over = taken_over
         self.stopped = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next assignment as a dictionary; None: none as yet; or that there will be none."""
+        if self._taken_over():
+            return None if self.running else Searcher.FINISHED
         assignment = self._dispatcher.next()
         if assignment is None:
             # One that runs now may have to go on in another process, or leave something of the budget.
@@ -81,7 +89,7 @@ class StudySearcher(Searcher):
     ) -> None:
         """Close a trial by its row, or put it up again; a lost process gets a row that says so."""
         assignment = self.running.pop(trial_id, None)
-        if assignment is None:
+        if assignment is None or self._taken_over():
             return
         attempts = results.read_attempts(assignment.study_dir, assignment.trial)
         begun = attempts[-1] if attempts and attempts[-1]["attempt"] >= assignment.attempt else None
@@ -158,6 +166,7 @@ def run_search(
     warm_starts: Sequence[WarmStart] = (),
     on_result: Callable[[Mapping[str, Any]], None],
     on_finished: Callable[[Row], None],
+    taken_over: Callable[[], bool] = lambda: False,
     run: RunTrial = run_trial,
 ) -> str | None:
     """Run what is left of a search on the Ray that is running.
@@ -166,11 +175,13 @@ def run_search(
         warm_starts: trials of other studies that the sampler knows from the start.
         on_result: called with what a running trial reports: trial, step, num_tokens, val_loss, elapsed_s.
         on_finished: called with the row of each trial that ends.
+        taken_over: whether another command has the results folder now.
         run: trains one trial in its process and returns its row.
     Returns:
         Why the search ended before its number of trials; None: it did not.
     Raises:
         KeyboardInterrupt: the user stopped it.
+        OutputError: another command has taken over the results folder.
     """
     study = launch.study
     curves = read_curves(results.read_table(launch.study_dir, "evals"), before_tokens=full_tokens(study))
@@ -192,6 +203,7 @@ def run_search(
             close_stop_rule=(lambda trial, status: rule[0].close.remote(trial, status))
             if rule is not None
             else (lambda trial, status: None),
+            taken_over=taken_over,
         )
         tuner = tune.Tuner(
             tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
@@ -215,8 +227,14 @@ def run_search(
                 tuner.fit()
         finally:
             optuna_study.close()
-            optuna_study.try_snapshot(launch.study_dir)
-            storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+            if not taken_over():
+                optuna_study.try_snapshot(launch.study_dir)
+                storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+        if taken_over():
+            raise OutputError(
+                f"{launch.study_dir} was taken over by another command, because this one had given no sign "
+                "of life for too long; it goes on there"
+            )
         if searcher.stopped:
             raise KeyboardInterrupt
         return dispatcher.over

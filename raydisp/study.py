@@ -119,7 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
         plan = dataclasses.replace(plan, agenda=agenda)
         over = None
         if agenda.num_trials:
-            over = _run_trials(study, study_dir, plan, held.id, arguments)
+            over = _run_trials(study, study_dir, plan, held, arguments)
         else:
             _say(arguments, f"All {study.search.num_trials} search trials and the baseline are done already.")
         return _conclude(study, study_dir, over)
@@ -177,7 +177,7 @@ def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
 
 
 def _run_trials(
-    study: StudyConfig, study_dir: str, plan: StudyPlan, lease_id: str, arguments: argparse.Namespace
+    study: StudyConfig, study_dir: str, plan: StudyPlan, held: lease.Lease, arguments: argparse.Namespace
 ) -> str | None:
     """Run what is left; returns why the search ended before its number of trials, if it did."""
     from raydisp import cluster
@@ -194,7 +194,7 @@ def _run_trials(
         from raydisp.search import run_search
 
         launch = prepare_launch(study, study_dir, nodes, arguments.address, quiet=arguments.quiet)
-        launch = dataclasses.replace(launch, lease=lease_id)
+        launch = dataclasses.replace(launch, lease=held.id)
         refuse_other_content(launch, plan.agenda)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
@@ -209,6 +209,7 @@ def _run_trials(
                 warm_starts=warm_starts,
                 on_result=progress.on_result,
                 on_finished=progress.on_finished,
+                taken_over=held.lost.is_set,
             )
 
 

@@ -22,9 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import results, retries, space, storage, tidy
+from raydisp import lease, results, retries, space, storage, tidy
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
-from raydisp.errors import ConfigError, DivergedError, OutOfMemoryError, OutputError, PreemptedError
+from raydisp.errors import (
+    ConfigError,
+    DivergedError,
+    LeaseLostError,
+    OutOfMemoryError,
+    OutputError,
+    PreemptedError,
+)
 from raydisp.layers import resolve_layers
 from raydisp.studyfile import explain
 
@@ -96,12 +103,15 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
         report: called with metrics after each evaluation.
     Returns:
         The row as written: `interrupted` if the trial is to go on with another attempt.
+    Raises:
+        LeaseLostError: another command has taken over the results folder; nothing is written.
     """
     if os.path.isdir(assignment.working_dir):
         os.chdir(assignment.working_dir)
     study = StudyConfig.model_validate(assignment.study)
     searched = space.column_types(study)
     started = time.time()
+    _refuse_if_taken_over(assignment)
     row = blank_row(assignment, study, started)
     context_length = field_of(json.loads(row["config_json"]), "data.context_length")
     earlier: list[dict[str, Any]] = []
@@ -122,12 +132,15 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
                 row[name] = space.column_value(in_the_words_of(trial, name, used), column)
         row.update(outcome)
     except Exception as error:
+        if isinstance(_root_cause(error)[0], LeaseLostError):
+            raise  # the row is another command's by now
         tokens_per_step = field_of(json.loads(row["config_json"]), "train.global_batch_tokens")
         row.update(describe_failure(error, tokens_per_step))
         max_failures = study.failures.max_failures
         if retries.goes_on([*earlier, row], context_length=context_length, max_failures=max_failures):
             row["status"] = "interrupted"
     row["ended_at"] = _utc(time.time())
+    _refuse_if_taken_over(assignment)
     try:
         results.write_trial(assignment.study_dir, row, searched)
         # A trial that has ended for good needs its checkpoints no more.
@@ -337,8 +350,12 @@ def train_share(
     resumed_step = resume_from.step if resume_from else 0
     rows = None
     if layout.is_main:
-        rows = results.RowWriter(
-            assignment.study_dir, assignment.trial, assignment.attempt, resumed_step=resumed_step
+        _refuse_if_taken_over(assignment)
+        rows = _GuardedRows(
+            assignment,
+            results.RowWriter(
+                assignment.study_dir, assignment.trial, assignment.attempt, resumed_step=resumed_step
+            ),
         )
     first_step_at: list[float] = []
     result = train(
@@ -376,6 +393,31 @@ def train_share(
         "model_revision": revision,
         "used": result.used,
     }
+
+
+def _refuse_if_taken_over(assignment: Assignment) -> None:
+    """A process that outlives its study, cut off from it, must not write into what another one goes on with.
+
+    Raises:
+        LeaseLostError: another command holds the results folder.
+    """
+    if assignment.lease is not None and not lease.still_held(assignment.study_dir, assignment.lease):
+        raise LeaseLostError(f"{assignment.name} ends: its study no longer holds {assignment.study_dir}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _GuardedRows:
+    """Rows that are written only while the trial's study holds its folder."""
+
+    assignment: Assignment
+    writer: results.RowWriter
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        self.writer.add(table, row)
+
+    def flush(self, step: int) -> None:
+        _refuse_if_taken_over(self.assignment)
+        self.writer.flush(step)
 
 
 def _must_stop(assignment: Assignment) -> Callable[[dict[str, Any]], bool] | None:
