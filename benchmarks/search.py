@@ -47,7 +47,7 @@ def contenders(full: int) -> dict[str, dict[str, Any]]:
 
 def run(tree: dict[str, Any], changes: dict[str, Any], seed: int, num_full: int, recorded: Recorded) ->
 dict[str, Any]:
-    """One simulated study: tokens spent and the best value after each trial, and the seconds of each trial."""
+    """One simulated study: tokens spent and the best value after each trial, and seconds per trial."""
     full = full_tokens(StudyConfig.model_validate(tree))
     search = {**tree["search"], **changes, "num_trials": 100_000, "max_tokens_total": (num_full + 1) * full}
     study = StudyConfig.model_validate({**tree, "seed": seed, "search": search})
