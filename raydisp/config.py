@@ -431,8 +431,17 @@ class ResourcesConfig(Section):
         Annotated[float, Field(ge=0.0)] | Literal["auto"], Field(description="auto: 1 where there are GPUs")
     ] = "auto"
     max_concurrent_trials: Annotated[
-        PositiveInt | Literal["auto"], Field(description="auto: as many as fit")
+        PositiveInt | Literal["auto"],
+        Field(description="auto: as many as fit, counting what an autoscaler may add"),
     ] = "auto"
+    placement_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="how long a trial waits for CPUs and GPUs while no other of the study runs (with "
+            "several workers: how long its workers wait) before that is an error",
+        ),
+    ] = 1800.0
 
 
 class TrialConfig(Section):

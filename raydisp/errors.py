@@ -82,6 +82,10 @@ class PreemptedError(Exception):
         return f"stopped after step {self.step}: {self.reason}"
 
 
+class PlacementTimeoutError(Exception):
+    """The workers of a trial were not placed in time; its text has the numbers."""
+
+
 class UnfitProcessError(Exception):
     """A trial has ended and its row is written, but its process must not be given another trial."""
 
