@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -442,6 +443,16 @@ class ResourcesConfig(Section):
             "several workers: how long its workers wait) before that is an error",
         ),
     ] = 1800.0
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ResourcesConfig:
+        gpus = self.gpus_per_worker
+        if gpus != "auto" and gpus > 1 and not gpus.is_integer():
+            raise ValueError(
+                f"gpus_per_worker = {gpus:g}: Ray gives parts of one GPU, or whole ones; use "
+                f"{math.floor(gpus)} or {math.ceil(gpus)}"
+            )
+        return self
 
 
 class TrialConfig(Section):
