@@ -25,13 +25,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydisp import results, retries, space, storage, tidy
 from raydisp.agenda import Agenda, Row
-from raydisp.cluster import DRIVER_RESOURCES, Plan
+from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
 from raydisp.curves import Point, of_metric, read_curves
 from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError, PreemptedError, UnfitProcessError
 from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.optuna_study import OptunaStudy
+from raydisp.placement import PlacementWatch, describe_offer
 from raydisp.stopping import StopRule, full_tokens
 from raydisp.warm_start import WarmStart
 from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
@@ -39,6 +40,7 @@ from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_tr
 logger = logging.getLogger(__name__)
 
 RunTrial = Callable[[Assignment, Report], Row]
+OnResult = Callable[[Mapping[str, Any]], None]
 
 
 class StudySearcher(Searcher):
@@ -164,7 +166,7 @@ def run_search(
     agenda: Agenda,
     *,
     warm_starts: Sequence[WarmStart] = (),
-    on_result: Callable[[Mapping[str, Any]], None],
+    on_result: OnResult,
     on_finished: Callable[[Row], None],
     taken_over: Callable[[], bool] = lambda: False,
     run: RunTrial = run_trial,
@@ -205,6 +207,7 @@ def run_search(
             else (lambda trial, status: None),
             taken_over=taken_over,
         )
+        watch = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
         tuner = tune.Tuner(
             tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
             tune_config=tune.TuneConfig(
@@ -218,7 +221,7 @@ def run_search(
                 name="tune",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Results(searcher, on_result)],
+                callbacks=[_Events(launch.plan, watch, searcher, on_result)],
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
@@ -297,19 +300,30 @@ def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[
 def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:
     """A trial of one worker trains in its own process; one of several only waits in it for Ray Train."""
     if plan.num_workers > 1:
-        return tune.PlacementGroupFactory([dict(DRIVER_RESOURCES)])
+        return tune.PlacementGroupFactory([dict(plan.driver_resources)])
     bundle = {"CPU": plan.cpus_per_worker}
     if plan.gpus_per_worker:
         bundle["GPU"] = plan.gpus_per_worker
     return tune.PlacementGroupFactory([bundle])
 
 
-class _Results(tune.Callback):
-    """Passes on what running trials report."""
+class _Events(tune.Callback):
+    """Passes on what running trials report, and sees to it that none waits for its place for ever."""
 
-    def __init__(self, searcher: StudySearcher, on_result: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self, plan: Plan, watch: PlacementWatch, searcher: StudySearcher, on_result: OnResult
+    ) -> None:
+        self._plan = plan
+        self._watch = watch
         self._searcher = searcher
         self._on_result = on_result
+
+    def on_step_begin(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
+        states = {trial.status for trial in trials}
+        pending, running = "PENDING" in states, "RUNNING" in states
+        if self._watch.saw(pending=pending, running=running, now=time.monotonic()):
+            offer = describe_offer(read_offer(), self._plan.cpus_per_worker, self._plan.gpus_per_worker)
+            raise self._watch.error(offer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy that nobody reads; a progress bar cannot be in it

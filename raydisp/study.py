@@ -188,17 +188,19 @@ def _run_trials(
     with (
         cluster.running_ray(
             arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
-        ) as nodes,
+        ) as offer,
         terminate_as_interrupt(),  # again: Ray has set a handler of its own
     ):
         from raydisp.search import run_search
 
-        launch = prepare_launch(study, study_dir, nodes, arguments.address, quiet=arguments.quiet)
+        launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
         launch = dataclasses.replace(launch, lease=held.id)
         refuse_other_content(launch, plan.agenda)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
         _say(arguments, f"Running {launch.plan.describe()}.")
+        for warning in dataclasses.replace(plan, resources=launch.plan).warnings():
+            _say(arguments, f"Warning: {warning}.")
         warm_starts = read_warm_starts(study, data_sha256(launch))
         for warm_start in warm_starts:
             _say(arguments, f"Warm start: {warm_start.describe()}.")

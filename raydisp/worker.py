@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from raydisp import lease, results, retries, space, storage, tidy
+from raydisp.capacity import describe_workers
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
 from raydisp.errors import (
     ConfigError,
@@ -30,7 +31,9 @@ from raydisp.errors import (
     LeaseLostError,
     OutOfMemoryError,
     OutputError,
+    PlacementTimeoutError,
     PreemptedError,
+    ResourceError,
 )
 from raydisp.layers import resolve_layers
 from raydisp.studyfile import explain
@@ -243,7 +246,9 @@ def _train_distributed(
     # the workers every 2 s by default, and each report and the end of a trial wait for that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    # One wait of the length that the study says, instead of Ray's many without end.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(study.resources.placement_timeout_s)
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -269,14 +274,35 @@ def _train_distributed(
             storage_path=storage.join(assignment.study_dir, ".ray"),
             callbacks=[TuneReportCallback()],
             # What is tried again is settled in `retries`, for both ways of placing a trial, and is a row.
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
         ),
     )
-    outcome = trainer.fit().return_value
+    try:
+        outcome = trainer.fit().return_value
+    except ControllerError as error:  # before the workers ran
+        raise _not_begun(error.controller_failure, assignment, study) from error
     assert isinstance(outcome, dict), "the main worker returns the outcome"
     if "preempted" in outcome:
         raise PreemptedError(*outcome["preempted"])
     return outcome
+
+
+def _not_begun(failure: Exception, assignment: Assignment, study: StudyConfig) -> Exception:
+    """Why Ray Train did not start a trial's workers, in our words where it is a matter of place."""
+    from raydisp.cluster import read_offer
+    from raydisp.placement import describe_offer, not_placed
+
+    kind = type(failure).__name__
+    if kind not in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
+        return failure
+    wanted, gpus = study.resources, assignment.gpus_per_worker
+    needs = describe_workers(wanted.num_workers, wanted.cpus_per_worker, gpus)
+    offer = describe_offer(read_offer(), wanted.cpus_per_worker, gpus)
+    if kind == "InsufficientClusterResourcesError":
+        return ResourceError(f"resources: a trial of {needs} can never be placed; {offer}")
+    return PlacementTimeoutError(not_placed(needs, wanted.placement_timeout_s, offer))
 
 
 def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -477,6 +503,8 @@ def describe_failure(error: BaseException, tokens_per_step: int) -> dict[str, An
 def _kind_and_message(cause: BaseException, trace: str) -> tuple[str, str]:
     """What ended an attempt, in a word and a sentence; the words of `retries.LOST` are ours."""
     told = str(cause).strip() or type(cause).__name__
+    if isinstance(cause, PlacementTimeoutError):
+        return "PlacementTimeout", told
     first_line = told.splitlines()[0]
     if _is_collective(cause, trace):
         if re.search(r"timed? ?out", told, re.IGNORECASE):

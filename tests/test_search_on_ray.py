@@ -11,11 +11,13 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import ray
 from conftest import run_command, start_command
 from optuna.trial import TrialState
 from test_on_ray import attempts_of, descendants, left_on_cluster, wait_for, write
 
-from raydisp import results
+from raydisp import data, results
+from raydisp.config import StudyConfig
 from raydisp.curves import of_metric, read_curves
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -140,15 +142,38 @@ def test_missing_objectives_leave_no_trial_running(
     assert rows[1]["val_loss"] is None
     assert rows[1]["tokens_per_s"] > 0
     assert rows[1]["num_skipped_steps"] > 0
-    assert (
-        "does not divide" in rows[2]["error_message"] or "multiple of num_heads" in rows[2]["error_message"]
-    )
+    assert "is not a multiple of num_heads" in rows[2]["error_message"]
     trials = optuna_study(tree).trials
     assert len(trials) == 4
     assert TrialState.RUNNING not in {trial.state for trial in trials}
     assert [trial.state for trial in trials[:3]] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
     assert trials[2].values == [rows[3]["val_loss"], rows[3]["tokens_per_s"]]
     assert "Pareto front over val_loss (min), tokens_per_s (max): trial" in done.stdout
+
+
+def test_a_trial_that_finds_no_place_ends_the_study_with_numbers(
+    tree: dict[str, Any], tmp_path: Path, address: str
+) -> None:
+    """Somebody else has both CPUs; the token blocks are there already, so that only the trial waits."""
+    study = StudyConfig.model_validate(tree)
+    data.prepare(study.trial, str(tmp_path / "out" / ".cache"))
+    tree["resources"] = {"placement_timeout_s": 4.0}
+    path = write(tree, tmp_path / "out")
+    taken = ray.util.placement_group([{"CPU": 2}])
+    ray.get(taken.ready(), timeout=60)
+    try:
+        done = run_command(path, "--address", address)
+    finally:
+        ray.util.remove_placement_group(taken)
+    assert done.returncode == 2, done.stderr
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert "a trial of 1 worker x 1 CPU was not placed within placement_timeout_s = 4 s" in sentence
+    assert "the cluster offers 2 CPUs" in sentence
+    assert "0 CPUs of it free at the moment" in sentence
+    assert "Traceback" not in done.stderr
+    assert attempts_of(tree) == []
+    assert left_on_cluster() == {"actors": [], "placement_groups": []}
+    assert run_command(path, "--address", address).returncode == 0, "the same command once there is room"
 
 
 def test_the_driver_and_its_ray_are_killed(tree: dict[str, Any], tmp_path: Path) -> None:
