@@ -45,8 +45,9 @@ def contenders(full: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(tree: dict[str, Any], changes: dict[str, Any], seed: int, num_full: int, recorded: Recorded) ->
-dict[str, Any]:
+def run(
+    tree: dict[str, Any], changes: dict[str, Any], seed: int, num_full: int, recorded: Recorded
+) -> dict[str, Any]:
     """One simulated study: tokens spent and the best value after each trial, and seconds per trial."""
     full = full_tokens(StudyConfig.model_validate(tree))
     search = {**tree["search"], **changes, "num_trials": 100_000, "max_tokens_total": (num_full + 1) * full}
@@ -83,12 +84,16 @@ def draw(found: dict[str, list[dict[str, Any]]], num_full: int, floor: float, pl
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
     for (name, runs), colour in zip(found.items(), colours, strict=False):
         values = np.array([[best_at(one["history"], at) for at in grid] for one in runs])
-        low, middle, high = np.quantile(np.where(np.isfinite(values), values, np.nan), [0.25, 0.5, 0.75],
-        axis=0) axes.plot(grid, middle, color=colour, label=name, linewidth=2)
+        low, middle, high = np.quantile(
+            np.where(np.isfinite(values), values, np.nan), [0.25, 0.5, 0.75], axis=0
+        )
+        axes.plot(grid, middle, color=colour, label=name, linewidth=2)
         axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.axhline(floor, color="black", linestyle=":", linewidth=1)
-    axes.annotate("best recorded point", (num_full, floor), (0, 3), textcoords="offset points", ha="right",
-    size=8) axes.set_xlabel("tokens spent, in full trials")
+    axes.annotate(
+        "best recorded point", (num_full, floor), (0, 3), textcoords="offset points", ha="right", size=8
+    )
+    axes.set_xlabel("tokens spent, in full trials")
     axes.set_ylabel("best validation loss so far (nats per token)")
     axes.set_title(f"Median and quartiles over {len(next(iter(found.values())))} seeds", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
@@ -99,9 +104,11 @@ def draw(found: dict[str, list[dict[str, Any]]], num_full: int, floor: float, pl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter) parser.add_argument("--record", default=str(RECORD),
-    help="a results folder with recorded curves") parser.add_argument("--seeds", type=int, default=20)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", default=str(RECORD), help="a results folder with recorded curves")
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--full", type=int, default=40, help="tokens of each study, in full trials")
     parser.add_argument("--slots", type=int, default=4, help="trials side by side")
     parser.add_argument("--picture", default=str(PICTURE))
@@ -113,8 +120,11 @@ def main() -> None:
     recorded = load_recorded(study, arguments.record)
     floor = min(recorded.finals("val_loss"))
     marks = [at for at in (5, 10, 20, 40, 80) if at <= arguments.full]
-    print(f"{len(recorded)} recorded configurations, best {floor:.4f}; {arguments.seeds} seeds,
-    {arguments.slots} at a time") heads = "".join(f"{f'best at {mark}':>24}" for mark in marks)
+    print(
+        f"{len(recorded)} recorded configurations, best {floor:.4f}; {arguments.seeds} seeds, "
+        f"{arguments.slots} at a time"
+    )
+    heads = "".join(f"{f'best at {mark}':>24}" for mark in marks)
     print(f"{'':<16}{heads}{'trials':>8}{'ms per trial':>14}")
     found: dict[str, list[dict[str, Any]]] = {}
     for name, changes in contenders(full_tokens(study)).items():
