@@ -36,6 +36,8 @@ class Launch:
     plan: Plan
     stop_rule: dict[str, str] | None = None
     """Name and namespace of the actor that stops trials; None: nobody does."""
+    data_sha256: str | None = None
+    """Of the study's data."""
     lease: str | None = None
     """Of the results folder; a trial that finds another one there stops."""
 
@@ -57,6 +59,7 @@ class Launch:
             code_version=self.code_version,
             packages=self.packages,
             stop_rule=self.stop_rule if arm != "baseline" else None,
+            data_sha256=self.data_sha256,
             lease=self.lease,
         )
 

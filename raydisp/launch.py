@@ -47,6 +47,7 @@ def prepare_launch(
     Raises:
         RaydispError: the machines, the model or the data do not allow it.
     """
+    from raydisp.data import read_meta
     from raydisp.models import resolve_revision
 
     where = "Ray"
@@ -59,16 +60,18 @@ def prepare_launch(
         cache_dir = os.path.join(study.output, ".cache")
     cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
     revision = resolve_revision(study.model)
+    prepared = _prepare_data(study, cache_dir, quiet=quiet)
     return Launch(
         study=study,
         study_dir=study_dir,
         cache_dir=cache_dir,
         working_dir=os.getcwd(),
-        prepared=_prepare_data(study, cache_dir, quiet=quiet),
+        prepared=prepared,
         model_revision=revision,
         code_version=code_version(),
         packages=package_versions(),
         plan=plan,
+        data_sha256=read_meta(prepared)["data_sha256"],
     )
 
 
@@ -81,7 +84,7 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
     if any(name.split(".")[0] in ("data", "model") for name in launch.study.search.space):
         return  # such a study compares data or models
     found = {
-        "data_sha256": data_sha256(launch),
+        "data_sha256": launch.data_sha256,
         "model_revision": launch.model_revision,
     }
     for row in [*agenda.finished, *agenda.resumed]:
@@ -93,13 +96,6 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
                     f"the {column.split('_')[0]} changed, and new trials would not compare with the old. "
                     "Restore it, or give the study another name (name:) or place (--output)"
                 )
-
-
-def data_sha256(launch: Launch) -> str:
-    """Of the study's data."""
-    from raydisp.data import read_meta
-
-    return str(read_meta(launch.prepared)["data_sha256"])
 
 
 def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:

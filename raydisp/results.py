@@ -43,6 +43,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "status": pa.string(),  # one of STATUSES
     "seed": pa.int64(),
     "config_json": pa.string(),  # the whole TrialConfig
+    "study_json": pa.string(),  # the whole study file, resolved
     "config_sha256": pa.string(),  # the trial's identity
     "num_steps": pa.int64(),  # really done
     "num_tokens": pa.int64(),  # really seen

@@ -181,7 +181,7 @@ def _run_trials(
 ) -> str | None:
     """Run what is left; returns why the search ended before its number of trials, if it did."""
     from raydisp import cluster
-    from raydisp.launch import data_sha256, prepare_launch, refuse_other_content
+    from raydisp.launch import prepare_launch, refuse_other_content
     from raydisp.progress import Progress
 
     _say(arguments, plan.headline())
@@ -201,7 +201,7 @@ def _run_trials(
         _say(arguments, f"Running {launch.plan.describe()}.")
         for warning in dataclasses.replace(plan, resources=launch.plan).warnings():
             _say(arguments, f"Warning: {warning}.")
-        warm_starts = read_warm_starts(study, data_sha256(launch))
+        warm_starts = read_warm_starts(study, launch.data_sha256)
         for warm_start in warm_starts:
             _say(arguments, f"Warm start: {warm_start.describe()}.")
         with Progress(study, plan, quiet=arguments.quiet) as progress:

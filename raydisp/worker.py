@@ -75,6 +75,8 @@ class Assignment:
     packages: dict[str, str]
     stop_rule: dict[str, str] | None = None
     """Name and namespace of the actor that says whether the trial goes on, and the metric that it watches."""
+    data_sha256: str | None = None
+    """Of the study's data; a trial that varies them finds out its own."""
     lease: str | None = None
     """Of the results folder, while this study holds it."""
 
@@ -181,11 +183,13 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "status": "interrupted",
         "seed": trial.seed,
         "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
+        "study_json": json.dumps(assignment.study, sort_keys=True),
         "world_size": study.resources.num_workers,
         "strategy": trial.train.strategy,
         "error_type": None,
         "hostname": socket.gethostname(),
-        "model_revision": assignment.model_revision,
+        "data_sha256": None if _varies(assignment, "data", "model") else assignment.data_sha256,
+        "model_revision": None if _varies(assignment, "model") else assignment.model_revision,
         "code_version": assignment.code_version,
         "packages_json": json.dumps(assignment.packages, sort_keys=True),
         "started_at": _utc(started),
@@ -194,6 +198,11 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
     for name, column in space.column_types(study).items():
         row[name] = space.column_value(values.get(name), column)
     return row
+
+
+def _varies(assignment: Assignment, *parts: str) -> bool:
+    """Whether the trial differs from its study in any field of these parts."""
+    return any(name.split(".")[0] in parts for name in assignment.values)
 
 
 def in_the_words_of(trial: TrialConfig, name: str, used: Mapping[str, Any]) -> Any:
@@ -354,13 +363,14 @@ def train_share(
     if layout.device.type == "cpu":
         torch.set_num_threads(max(1, int(study.resources.cpus_per_worker)))
     # The study has made its data and pinned its model once; a trial that varies them makes its own.
-    varied = {name.split(".")[0] for name in assignment.values}
     folder = assignment.prepared
     # Without a shared file system the study's folder is on another node.
-    if varied & {"data", "model"} or not os.path.isdir(folder):
+    if _varies(assignment, "data", "model") or not os.path.isdir(folder):
         folder = data.prepare(trial, assignment.cache_dir)
     meta = data.read_meta(folder)
-    revision = models.resolve_revision(trial.model) if "model" in varied else assignment.model_revision
+    revision = assignment.model_revision
+    if _varies(assignment, "model"):
+        revision = models.resolve_revision(trial.model)
     model = models.build_model(
         trial.model,
         context_length=trial.data.context_length,
