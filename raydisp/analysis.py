@@ -287,6 +287,8 @@ def describe_trial(row: Row, fields: list[str]) -> str:
     leaves = Counter(name.rsplit(".", 1)[-1] for name in fields)
     parts = []
     for name in fields:
+        if row.get(name) is None and trial_field(row, name) is not None:
+            continue  # not searched in this trial: its condition did not hold
         leaf = name.rsplit(".", 1)[-1]
         # The short name, unless two searched fields share it.
         parts.append(f"{leaf if leaves[leaf] == 1 else name} {format_value(row.get(name)) or 'null'}")
