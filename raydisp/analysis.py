@@ -173,7 +173,7 @@ def trial_field(row: Row, name: str) -> Any:
     if row.get(name) is not None:
         return row[name]
     try:
-        node = json.loads(row["config_json"] or "null")
+        node = json.loads(row.get("config_json") or "null")
     except ValueError:
         return None
     for part in name.split("."):
