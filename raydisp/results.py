@@ -47,6 +47,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "status": pa.string(),  # one of STATUSES
     "seed": pa.int64(),
     "config_json": pa.string(),  # the whole TrialConfig
+    "study_json": pa.string(),  # the whole study file, resolved
     "config_sha256": pa.string(),  # the trial's identity
     "num_steps": pa.int64(),  # really done
     "num_tokens": pa.int64(),  # really seen
@@ -196,8 +197,8 @@ def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, p
         ended = _compacted_rows(study_dir, row["trial"])
         if any(other["attempt"] == row["attempt"] for other in ended):
             raise OutputError(
-                f"trial {row['trial']}, attempt {row['attempt']} has ended and its row lies in a compact file "
-                f"of {storage.join(study_dir, 'trials')}; it is not written again"
+                f"trial {row['trial']}, attempt {row['attempt']} has ended and its row lies in a compact "
+                f"file of {storage.join(study_dir, 'trials')}; it is not written again"
             )
     write_table(place, pa.Table.from_pylist([clean], schema=schema))
 
