@@ -1,7 +1,8 @@
 """Many small files of a results folder become one, and no reader sees a row twice.
 
-Only files of trials that have ended for good are merged: what a trial wrote past its last checkpoint is
-dropped by whole files when it goes on. For each table, under the folder's lease:
+Only files of trials that no command will go on with are merged: completed, pruned, diverged. What a trial
+wrote past its last checkpoint is dropped by whole files when it goes on, and a failed one may be tried again.
+For each table, under the folder's lease:
 
 1. the rows of the small files and of the earlier compact file are written to `_compact-<n>.tmp`, which no
    glob for `*.parquet` finds;
@@ -34,6 +35,9 @@ MAX_COMPACT_BYTES = 256 << 20
 
 ROW_GROUP_SIZE = {"trials": 2048, "steps": 65536, "evals": 65536, "layers": 8192}
 """Rows of a group: some MB, and few enough that one trial's rows are found without decoding everything."""
+
+FINAL_STATUSES = ("completed", "pruned", "diverged")
+"""Trials that no command will ever go on with."""
 
 TABLES = ("trials", *results.ROW_SCHEMAS)
 
@@ -94,8 +98,7 @@ def _ended_trials(study_dir: str) -> set[int]:
         for trial, attempt, status in zip(rows["trial"], rows["attempt"], rows["status"], strict=True):
             if trial is None or attempt is None:
                 continue
-            has_ended = status in results.STATUSES and status != "interrupted"
-            latest[trial] = max(latest.get(trial, (0, False)), (attempt, has_ended))
+            latest[trial] = max(latest.get(trial, (0, False)), (attempt, status in FINAL_STATUSES))
     return {trial for trial, (_, has_ended) in latest.items() if has_ended} - in_doubt
 
 

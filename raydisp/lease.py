@@ -9,9 +9,9 @@ the holder writes it anew every HEARTBEAT_S. Whoever comes next is refused, exce
 
 On local disks and NFS a lock is held while the lease is read and written, so that two commands cannot both
 get it. Object stores have no such lock: there the lease is written, and read again SETTLE_S later; of two
-commands that come at the same moment the last writer wins, and one that stalls for longer than that in between
-may not notice at once. A holder that was followed learns it from its next heartbeat (`Lease.lost`), and its
-other processes from `still_held`.
+commands that come at the same moment the last writer wins, and one that stalls for longer than that in
+between notices only with its first heartbeat. A holder that was followed learns it from its next heartbeat
+(`Lease.lost`), and its other processes from `still_held`.
 """
 
 from __future__ import annotations

@@ -214,18 +214,21 @@ def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | Non
 
 def read_attempts(study_dir: str, trial: int) -> list[dict[str, Any]]:
     """The rows of all attempts of a trial, in order, without those that cannot be read (a warning tells)."""
-    rows: list[dict[str, Any]] = []
-    attempt = 1
+    try:
+        first = _read_attempt(study_dir, trial, 1)
+        rows = [first] if first is not None else []
+        attempt = 2
+    except FileNotFoundError:
+        rows = _compacted_rows(study_dir, trial)
+        attempt = rows[-1]["attempt"] + 1 if rows else 2
     while True:
         try:
             row = _read_attempt(study_dir, trial, attempt)
         except FileNotFoundError:
-            break
+            return rows
         if row is not None:
             rows.append(row)
         attempt += 1
-    # All attempts of a trial are compacted together, so that one file of its own tells that there is no more.
-    return rows if attempt > 1 else _compacted_rows(study_dir, trial)
 
 
 def _attempt_place(study_dir: str, trial: int, attempt: int) -> str:
