@@ -62,7 +62,9 @@ def test_a_folder_is_held_and_given_back(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), lease.hold(folder) as again:
         raise RuntimeError
     assert again.id != held.id
-    assert {file.name for file in Path(folder).iterdir()} == {lease.LOCK_NAME}, "given back after an error too"
+    assert {file.name for file in Path(folder).iterdir()} == {lease.LOCK_NAME}, (
+        "given back after an error too"
+    )
 
 
 def test_a_process_that_was_killed_is_followed_at_once(tmp_path: Path) -> None:
@@ -94,7 +96,9 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path: Path)
 def test_another_host_is_followed_when_its_lease_has_run_out(tmp_path: Path) -> None:
     elsewhere(tmp_path, lease.EXPIRY_S - 20)
     with (
-        pytest.raises(OutputError, match=r"process 123 on node7.* life 40 s ago.*is free at \d\d:\d\d:\d\d UTC"),
+        pytest.raises(
+            OutputError, match=r"process 123 on node7.* life 40 s ago.*is free at \d\d:\d\d:\d\d UTC"
+        ),
         lease.hold(str(tmp_path)),
     ):
         pass
@@ -204,8 +208,6 @@ def test_object_stores_are_held_as_well_as_they_can(
             pass
     assert not lease.still_held(object_store, held.id)
     # Somebody else writes at the same moment, and last.
-    monkeypatch.setattr(
-        time, "sleep", lambda seconds: holder(tmp_path / "bucket" / "results" / "study")
-    )
+    monkeypatch.setattr(time, "sleep", lambda seconds: holder(tmp_path / "bucket" / "results" / "study"))
     with pytest.raises(OutputError, match="is in use"), lease.hold(object_store):
         pass
