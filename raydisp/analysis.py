@@ -329,12 +329,15 @@ def _front_sentence(trials: pa.Table, objectives: Sequence[Objective], baseline:
         against = "the baseline has no values to compare"
     else:
         better = [row["trial"] for row in front if _dominates(row, baseline, objectives)]
-        against = (
-            f"trial{'s' if len(better) > 1 else ''} {', '.join(map(str, better))} better the baseline in all "
-            "of them"
-            if better
-            else "none betters the baseline in all of them"
-        )
+        against = "none is better than the baseline without being worse in another of them"
+        if better:
+            plural = len(better) > 1
+            told = ", ".join(map(str, better[:MAX_FRONT_SHOWN]))
+            told += f" and {len(better) - MAX_FRONT_SHOWN} more" if len(better) > MAX_FRONT_SHOWN else ""
+            against = (
+                f"trial{'s' if plural else ''} {told} {'are' if plural else 'is'} better than the baseline in "
+                "one of them and no worse in the others"
+            )
     return f"Pareto front over {wanted}: {shown}{more}; {against}."
 
 
