@@ -10,14 +10,15 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydisp.config import Objective
 from raydisp.results import NUM_HISTOGRAM_BINS, STATUSES, TRIAL_COLUMNS
+from raydisp.search_config import Objective
 
 Row = dict[str, Any]
 """One row of `trials`: column name -> Python value, None where it is null."""
@@ -47,7 +48,13 @@ MEASURES: dict[str, Measure] = {
     "layer_cosine_mean": Measure("mean cosine over the layers", "", 3),
     "spearman": Measure("Spearman rho of cosine against layer", "", 2),
     "kendall": Measure("Kendall tau-b of cosine against layer", "", 2),
+    "tokens_per_s": Measure("training speed", "tokens per second", 0),
+    "train_s": Measure("training time", "s", 1),
+    "peak_memory_bytes": Measure("peak memory", "bytes", 0),
 }
+
+MAX_FRONT_SHOWN = 8
+"""Trials of a Pareto front that a sentence names."""
 
 DOSE_SCHEMA = pa.schema(
     [
@@ -118,12 +125,55 @@ def _scored(trials: pa.Table, objective: Objective) -> list[tuple[Row, float]]:
     return [(row, value) for row, value in pairs if value is not None]
 
 
+def pareto_front(trials: pa.Table, *objectives: Objective) -> pa.Table:
+    """The completed search trials of which no other is at least as good in all objectives and better in one.
+
+    Only trials of the same number of tokens compare: those of the most tokens, where they differ.
+
+    Returns:
+        One row per trial of the front, best first by the first objective: study, phase, trial, attempt,
+        num_tokens, and a column per objective.
+    """
+    rows = [
+        row for row in search_trials(trials).sort_by("trial").to_pylist() if row["num_tokens"] is not None
+    ]
+    rows = [row for row in rows if all(value_of(row, one.metric) is not None for one in objectives)]
+    most = max((row["num_tokens"] for row in rows), default=0)
+    rows = [row for row in rows if row["num_tokens"] == most]
+    signs = np.array([1.0 if one.mode == "min" else -1.0 for one in objectives])
+    points = np.array([[row[one.metric] for one in objectives] for row in rows], dtype=float) * signs
+    kept = [
+        row
+        for row, point in zip(rows, points, strict=True)
+        if not np.any(np.all(points <= point, axis=1) & np.any(points < point, axis=1))
+    ]
+    first = objectives[0]
+    kept.sort(key=lambda row: row[first.metric] * signs[0])
+    columns = ("study", "phase", "trial", "attempt", "num_tokens")
+    schema = pa.schema(
+        [
+            *[(name, TRIAL_COLUMNS[name]) for name in columns],
+            *[(one.metric, pa.float64()) for one in objectives],
+        ]
+    )
+    picked = [{name: row[name] for name in schema.names} for row in kept]
+    return pa.Table.from_pylist(picked, schema=schema)
+
+
+def _dominates(row: Row, other: Row, objectives: Sequence[Objective]) -> bool:
+    pairs = [
+        (row[one.metric], other[one.metric]) if one.mode == "min" else (-row[one.metric], -other[one.metric])
+        for one in objectives
+    ]
+    return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
+
+
 def trial_field(row: Row, name: str) -> Any:
     """A field of a trial by its dotted name, searched or not; None where the row does not tell."""
     if row.get(name) is not None:
         return row[name]
     try:
-        node = json.loads(row["config_json"] or "null")
+        node = json.loads(row.get("config_json") or "null")
     except ValueError:
         return None
     for part in name.split("."):
@@ -237,21 +287,55 @@ def describe_trial(row: Row, fields: list[str]) -> str:
     leaves = Counter(name.rsplit(".", 1)[-1] for name in fields)
     parts = []
     for name in fields:
+        if row.get(name) is None and trial_field(row, name) is not None:
+            continue  # not searched in this trial: its condition did not hold
         leaf = name.rsplit(".", 1)[-1]
         # The short name, unless two searched fields share it.
         parts.append(f"{leaf if leaves[leaf] == 1 else name} {format_value(row.get(name)) or 'null'}")
     return ", ".join(parts)
 
 
-def summarise(trials: pa.Table, objective: Objective) -> tuple[str, str]:
-    """What a search found, in two sentences: the objective against the baseline's, and condensation.
+def summarise(trials: pa.Table, *objectives: Objective) -> tuple[str, ...]:
+    """What a search found, in sentences: each objective against the baseline's, and condensation; with
+    several objectives their Pareto front first.
 
-    A search tries many arms on one seed and keeps the luckiest, so the first sentence never calls its best a
-    result. It also says what makes the two values hard to compare: other fields that were searched, or
-    unequal budgets.
+    A search tries many arms on one seed and keeps the luckiest, so no sentence calls its best a result. They
+    also say what makes two values hard to compare: other fields that were searched, or unequal budgets.
     """
-    best, baseline = best_trial(trials, objective), baseline_row(trials)
-    return _objective_sentence(trials, objective, best, baseline), _condensation_sentence(best, baseline)
+    baseline = baseline_row(trials)
+    best = [best_trial(trials, objective) for objective in objectives]
+    front = (_front_sentence(trials, objectives, baseline),) if len(objectives) > 1 else ()
+    told = [
+        _objective_sentence(trials, one, row, baseline) for one, row in zip(objectives, best, strict=True)
+    ]
+    return (*front, *told, _condensation_sentence(best[0], baseline))
+
+
+def _front_sentence(trials: pa.Table, objectives: Sequence[Objective], baseline: Row | None) -> str:
+    metrics = [objective.metric for objective in objectives]
+    wanted = ", ".join(f"{one.metric} ({one.mode})" for one in objectives)
+    front = pareto_front(trials, *objectives).to_pylist()
+    if not front:
+        return f"No completed search trial has all of {wanted}: there is no Pareto front."
+    shown = "; ".join(
+        f"trial {row['trial']} ("
+        + ", ".join(f"{metric} {format_measure(metric, row[metric])}" for metric in metrics)
+        + ")"
+        for row in front[:MAX_FRONT_SHOWN]
+    )
+    more = f"; and {len(front) - MAX_FRONT_SHOWN} more" if len(front) > MAX_FRONT_SHOWN else ""
+    ours = [value_of(baseline, metric) for metric in metrics]
+    if baseline is None or None in ours or not same_budget(baseline, front[0]):
+        against = "the baseline has no values to compare"
+    else:
+        better = [row["trial"] for row in front if _dominates(row, baseline, objectives)]
+        against = (
+            f"trial{'s' if len(better) > 1 else ''} {', '.join(map(str, better))} better the baseline in all "
+            "of them"
+            if better
+            else "none betters the baseline in all of them"
+        )
+    return f"Pareto front over {wanted}: {shown}{more}; {against}."
 
 
 def _objective_sentence(

@@ -101,13 +101,19 @@ def _pair_counts(units: Tensor, num_bins: int) -> Tensor:
 
 
 def _bin_counts(cosines: Tensor, num_bins: int) -> Tensor:
-    """[num_bins] int64 counts of the entries, clipped to [-1, 1], overwritten; the last bin holds 1."""
-    bins = cosines.clamp_(-1, 1).add_(1).mul_(num_bins / 2).to(torch.int32)
-    return torch.bincount(bins.clamp_(max=num_bins - 1).flatten(), minlength=num_bins)
+    """[num_bins] int64 counts of the entries, clipped to [-1, 1], overwritten; the last bin holds 1.
+
+    Entries that are not a number, as a diverged model has them, are not counted.
+    """
+    places = cosines.clamp_(-1, 1).add_(1).mul_(num_bins / 2).nan_to_num_(nan=num_bins + 1)
+    counts = torch.bincount(places.to(torch.int32).flatten(), minlength=num_bins + 2)
+    counts[num_bins - 1] += counts[num_bins]
+    return counts[:num_bins]
 
 
 def _effective_rank(rows: Tensor) -> Tensor:
-    """[...]: exp of the entropy of the normalised singular values of rows [..., n, F]; 1 where all are zero.
+    """[...]: exp of the entropy of the normalised singular values of rows [..., n, F]; 1 where all are zero,
+    NaN where any is not finite.
 
     The singular values are the roots of the eigenvalues of the smaller Gram matrix. It is formed in float64,
     so that values down to 1e-8 of the largest stay right; one dominant direction is the rule here.
@@ -115,9 +121,12 @@ def _effective_rank(rows: Tensor) -> Tensor:
     rows = rows.double()
     rows = rows / rows.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
     gram = rows @ rows.mT if rows.shape[-2] < rows.shape[-1] else rows.mT @ rows
+    finite = gram.isfinite().all(-1).all(-1)  # LAPACK raises for others
+    gram = torch.where(finite[..., None, None], gram, 0.0)
     singular_values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     shares = singular_values / singular_values.sum(-1, keepdim=True).clamp_min(1e-300)
-    return torch.special.entr(shares).sum(-1).exp()
+    rank = torch.special.entr(shares).sum(-1).exp()
+    return torch.where(finite, rank, torch.nan)
 
 
 def _per_layer(

@@ -1,35 +1,26 @@
 """The typed study file: its fields, their ranges and defaults, and the identity of a trial.
 
-Defaults live here and nowhere else. Reading a file (YAML, overrides, sentences for mistakes) is in
-`studyfile`; what a search space may say is in `space`. The classes are strict and frozen, and forbid keys
-that they do not know.
+Defaults live here and in `search_config`, and nowhere else. Reading a file (YAML, overrides, sentences for
+mistakes) is in `studyfile`; rules over several fields of a search are in `space_rules`. The classes are
+strict and frozen, and forbid keys that they do not know.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from raydisp.layers import LAYER_CHOICES, resolve_layers
+from raydisp.search_config import SearchConfig
+from raydisp.section import Fraction, Int, PositiveInt, Section, Seed, Tokens
 
 SCHEMA_VERSION = 1
 """Part of every trial's identity; raised whenever a default that changes results changes."""
-
-MAX_SEED = 2**32 - 1
 
 EFFORT_FIELDS = (
     "micro_batch_tokens",
@@ -55,26 +46,6 @@ Variant = Literal[
 ]
 """Names of `raydisp.losses.VARIANTS`, repeated here so that reading a file does not import torch; a test
 compares the two."""
-
-
-def _integral_float_to_int(value: Any) -> Any:
-    # 2e8 is how people write token counts, and YAML makes a float of it.
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_integral_float_to_int)]
-PositiveInt = Annotated[Int, Field(ge=1)]
-Tokens = Annotated[Int, Field(ge=1, le=10**15)]
-Seed = Annotated[Int, Field(ge=0, le=MAX_SEED)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A part of the study file: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- model -------------------------------------------------------------------------------------------
@@ -288,102 +259,6 @@ class DispersionConfig(Section):
         return value
 
 
-# --- search ------------------------------------------------------------------------------------------
-
-
-class Range(Section):
-    """A searched number: low <= x <= high; whole numbers where the field is one."""
-
-    low: int | float
-    high: int | float
-    log: Annotated[bool, Field(description="search on a logarithmic axis")] = False
-    step: Annotated[
-        Annotated[int | float, Field(gt=0)] | None, Field(description="only low, low + step, ... are tried")
-    ] = None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if self.low >= self.high:
-            raise ValueError(f"low = {self.low} is not below high = {self.high}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"low = {self.low} has no logarithm; with log: true it must be above 0")
-        if self.log and self.step is not None:
-            raise ValueError("log and step exclude each other; leave one out")
-        return self
-
-
-def _choice(value: Any) -> Any:
-    whole_numbers = isinstance(value, list) and all(type(item) is int for item in value)
-    if value is None or isinstance(value, bool | int | float | str) or whole_numbers:
-        return value
-    raise ValueError("is not a number, a word, true, false, null or a list of whole numbers")
-
-
-Choice = Annotated[
-    Any,
-    BeforeValidator(_choice),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": ["number", "string", "boolean", "null"]},
-                {"type": "array", "items": {"type": "integer"}},
-            ]
-        }
-    ),
-]
-Dimension = Annotated[
-    Annotated[Range, Tag("range")] | Annotated[list[Choice], Field(min_length=1), Tag("choices")],
-    Discriminator(lambda value: "choices" if isinstance(value, list) else "range"),
-]
-
-Metric = Literal[
-    "val_loss",
-    "val_perplexity",
-    "val_bits_per_byte",
-    "train_loss",
-    "layer_cosine_mean",
-    "spearman",
-    "kendall",
-]
-
-
-class Objective(Section):
-    """What the search makes small or large, measured at the end of each trial on the validation split."""
-
-    metric: Metric = "val_loss"
-    mode: Literal["min", "max"] = "min"
-
-
-class SearchConfig(Section):
-    """Which fields vary, how many trials, and who suggests them."""
-
-    num_trials: Annotated[
-        Int, Field(ge=1, le=100_000, description="search trials; the baseline comes on top")
-    ]
-    objective: Objective = Objective()
-    space: dict[str, Dimension]
-    sampler: Literal["tpe", "random"] = "tpe"
-    num_startup_trials: Annotated[
-        Annotated[Int, Field(ge=1)] | None,
-        Field(description="random trials before tpe begins; null: half of num_trials, at most 10"),
-    ] = None
-    scheduler: Literal["none"] = "none"
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _not_empty(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not value:
-            raise ValueError("is empty: there is nothing to search; name at least one field of a trial")
-        return value
-
-    @property
-    def startup_trials(self) -> int:
-        """Random trials before the sampler begins to learn."""
-        if self.num_startup_trials is not None:
-            return self.num_startup_trials
-        return max(1, min(10, self.num_trials // 2))
-
-
 # --- the rest ----------------------------------------------------------------------------------------
 
 
@@ -420,6 +295,13 @@ class FailuresConfig(Section):
     collective_timeout_s: Annotated[
         float, Field(gt=0.0, description="how long workers wait for one another before the trial is hung")
     ] = 1800.0
+    max_failed_trials: Annotated[
+        Annotated[Int, Field(ge=0, le=100_000)] | None,
+        Field(
+            description="failed trials that a study bears; with one more it starts no others, so that "
+            "what is broken stops early; null: any number"
+        ),
+    ] = 5
 
 
 class ResourcesConfig(Section):
@@ -431,8 +313,27 @@ class ResourcesConfig(Section):
         Annotated[float, Field(ge=0.0)] | Literal["auto"], Field(description="auto: 1 where there are GPUs")
     ] = "auto"
     max_concurrent_trials: Annotated[
-        PositiveInt | Literal["auto"], Field(description="auto: as many as fit")
+        PositiveInt | Literal["auto"],
+        Field(description="auto: as many as fit, counting what an autoscaler may add"),
     ] = "auto"
+    placement_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="how long a trial waits for CPUs and GPUs while no other of the study runs (with "
+            "several workers: how long its workers wait) before that is an error",
+        ),
+    ] = 1800.0
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ResourcesConfig:
+        gpus = self.gpus_per_worker
+        if gpus != "auto" and gpus > 1 and not gpus.is_integer():
+            raise ValueError(
+                f"gpus_per_worker = {gpus:g}: Ray gives parts of one GPU, or whole ones; use "
+                f"{math.floor(gpus)} or {math.ceil(gpus)}"
+            )
+        return self
 
 
 class TrialConfig(Section):

@@ -37,6 +37,17 @@ class Evaluation:
         layers = self.condensation.cosine_mean[1:]
         return math.fsum(layers) / len(layers)
 
+    def metrics(self) -> dict[str, float | None]:
+        """As the columns of `trials` have it, where the split is the validation split."""
+        return {
+            "val_loss": self.loss,
+            "val_perplexity": self.perplexity,
+            "val_bits_per_byte": self.bits_per_byte,
+            "layer_cosine_mean": self.layer_cosine_mean,
+            "spearman": self.condensation.spearman,
+            "kendall": self.condensation.kendall,
+        }
+
     def rows(self, step: int, num_tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The rows of this evaluation for the tables `evals` and `layers`."""
         at = {"step": step, "num_tokens": num_tokens}

@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES, Row
-from raydisp.config import Objective
 from raydisp.layers import LAYER_CHOICES
 from raydisp.results import NUM_HISTOGRAM_BINS, Tables
+from raydisp.search_config import Objective
 
 # --- colours -------------------------------------------------------------------------------------------
 

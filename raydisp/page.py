@@ -22,9 +22,9 @@ from pydantic import ValidationError
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES, Row
-from raydisp.config import Objective
 from raydisp.figures import DARK_COLOURS, Panel, build_panels
 from raydisp.results import Tables
+from raydisp.search_config import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -183,10 +183,11 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
     Args:
         study: the resolved study file; what it lacks is left out of the page.
     """
-    trials, objective = tables.trials, _objective(study)
+    trials, objectives = tables.trials, _objectives(study)
+    objective = objectives[0]
     names = dict.fromkeys([*trials["study"].to_pylist(), _get(study, "name")])
     name = next((str(name) for name in names if name), "study")
-    sentences = analysis.summarise(trials, objective)
+    sentences = analysis.summarise(trials, *objectives)
     panels = build_panels(tables, objective)
     drawn = [f'"{plot.name}": {plot.figure.to_json()}' for panel in panels for plot in panel.plots]
     return string.Template(_part("page.html")).substitute(
@@ -207,12 +208,13 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
     )
 
 
-def _objective(study: Mapping[str, Any]) -> Objective:
+def _objectives(study: Mapping[str, Any]) -> list[Objective]:
+    found = _get(study, "search.objective") or {}
     try:
-        return Objective.model_validate(_get(study, "search.objective") or {})
+        return [Objective.model_validate(one) for one in (found if isinstance(found, list) else [found])]
     except ValidationError:
         logger.warning("study.yaml: search.objective is not understood; the report takes val_loss, min")
-        return Objective()
+        return [Objective()]
 
 
 def _panel_html(panel: Panel) -> str:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raydisp import space
 from raydisp.agenda import Agenda, read_agenda
+from raydisp.capacity import Offer
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
-from raydisp.config import PathModel, Range, StudyConfig
+from raydisp.config import PathModel, StudyConfig
 from raydisp.corpus import CorpusSummary
 from raydisp.data import check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary
+from raydisp.search_config import Median, choices_of
+from raydisp.stopping import brackets, expected_frac
+from raydisp.warm_start import WarmStart, read_warm_starts
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class StudyPlan:
     corpus: CorpusSummary
     resources: Plan | None
     """None where a cluster is joined: it is asked when the study starts."""
+    warm_starts: list[WarmStart]
 
     def headline(self) -> str:
         """One line: what is about to run."""
@@ -50,12 +56,17 @@ class StudyPlan:
             ("trials", self._describe_trials()),
             ("training", self._describe_training()),
             ("dispersion", self._describe_dispersion()),
-            (
-                "search",
-                f"{search.sampler} on {search.objective.metric} ({search.objective.mode}), seed {study.seed}"
-                + (f", the first {search.startup_trials} at random" if search.sampler == "tpe" else ""),
-            ),
-            *[("", f"{name}: {_dimension(value)}") for name, value in search.space.items()],
+            ("search", self._describe_search()),
+            *[("", f"{name}: {space.describe(value)}") for name, value in search.space.items()],
+            *[
+                ("warm start" if index == 0 else "", told.describe())
+                for index, told in enumerate(self.warm_starts)
+            ],
+            *[
+                ("scheduler" if index == 0 else "", text)
+                for index, text in enumerate(self._describe_scheduler())
+            ],
+            *[("ends early" if index == 0 else "", text) for index, text in enumerate(self._describe_ends())],
             (
                 "resources",
                 self.resources.describe()
@@ -78,20 +89,83 @@ class StudyPlan:
                 f"search.num_startup_trials = {search.startup_trials} leaves TPE none of the "
                 f"{search.num_trials} trials: the whole search is random"
             )
-        concurrent = self.resources.max_concurrent_trials if self.resources else 0
-        if search.sampler == "tpe" and search.startup_trials < concurrent:
-            found.append(
-                f"{concurrent} trials run at a time, so the first {concurrent} learn from no result and are "
-                f"as good as random, not {search.startup_trials} (search.num_startup_trials); lower "
-                "resources.max_concurrent_trials if that matters"
-            )
+        if self.resources:
+            concurrency = concurrency_warning(self.study, self.resources.max_concurrent_trials)
+            found += [concurrency] if concurrency else []
         changing = [name for name in search.space if name.startswith("data.") or name == "model.vocab_size"]
-        if changing and search.objective.metric in ("val_loss", "val_perplexity", "train_loss"):
+        metrics = [one.metric for one in search.objectives]
+        affected = [name for name in metrics if name in ("val_loss", "val_perplexity", "train_loss")]
+        if changing and affected:
             found.append(
-                f"{', '.join(changing)} changes what a token is or sees, so {search.objective.metric} does "
+                f"{', '.join(changing)} changes what a token is or sees, so {affected[0]} does "
                 "not compare between trials; val_bits_per_byte compares across tokenizers"
             )
         return found
+
+    def _describe_search(self) -> str:
+        study, search = self.study, self.study.search
+        objectives = " and ".join(f"{one.metric} ({one.mode})" for one in search.objectives)
+        text = f"{search.sampler} on {objectives}, seed {study.seed}"
+        if search.sampler == "tpe":
+            text += f", the first {search.startup_trials} at random"
+        if search.sampler == "grid":
+            text += f", {search.num_trials} of {space.grid_size(study)} combinations"
+        if search.points_to_evaluate:
+            text += f"; {_count(len(search.points_to_evaluate), 'given point')} first"
+        return text
+
+    def _describe_scheduler(self) -> list[str]:
+        """The rungs, and what stopping trials at them saves."""
+        study, search = self.study, self.study.search
+        rule, watched = search.stopping, search.watched
+        if rule is None or watched is None:
+            return []
+        full = self._tokens_per_trial
+        lines = [f"{search.scheduler_name} on {watched.metric} ({watched.mode})"]
+        if isinstance(rule, Median):
+            points = brackets(study)[0]
+            lines[0] += (
+                f": from {points[0]:,} tokens on, at every evaluation ({_count(len(points), 'time')}), once "
+                f"{rule.num_startup_trials} trials have completed"
+            )
+            least = points[0] / full
+            lines.append(f"a trial that is stopped takes {least:.0%} of a full one's tokens at least")
+            return lines
+        lines[0] += f": 1 of {rule.reduction_factor} goes on at each rung"
+        for index, rungs in enumerate(brackets(study)):
+            name = f"bracket {index + 1}: " if search.scheduler_name == "hyperband" else ""
+            places = ", ".join(f"{tokens:,}" for tokens in rungs)
+            lines.append(f"{name}{f'rungs at {places} of {full:,} tokens' if rungs else 'no rung'}")
+        frac = expected_frac(study)
+        if frac is not None:
+            saved = (1 - frac) * full * search.num_trials
+            lines.append(
+                f"expected saving: {1 - frac:.0%} of the search's tokens, {_rounded(saved)} of "
+                f"{_rounded(full * search.num_trials)} (in the long run; early trials have few to compete "
+                "with)"
+            )
+        return lines
+
+    def _describe_ends(self) -> list[str]:
+        search, failed = self.study.search, self.study.failures.max_failed_trials
+        lines = []
+        if search.max_tokens_total is not None:
+            room = search.max_tokens_total // self._tokens_per_trial
+            lines.append(
+                f"after {search.max_tokens_total:,} training tokens in all: {room} full trials, with the "
+                "baseline"
+            )
+        if search.max_hours is not None:
+            lines.append(f"after {search.max_hours:g} hours in which trials ran: no further one starts")
+        if (rule := search.stop_when) is not None:
+            metric = rule.metric or search.primary.metric
+            by = f" by more than {rule.min_improvement:g}" if rule.min_improvement else ""
+            lines.append(
+                f"when {metric} has not improved{by} in {rule.no_improvement_trials} completed trials"
+            )
+        if failed is not None:
+            lines.append(f"when more than {failed} trials have failed")
+        return lines
 
     def _describe_model(self) -> str:
         model, sizes = self.study.model, self.model
@@ -161,43 +235,54 @@ class StudyPlan:
         return text
 
 
-def make_plan(study: StudyConfig, study_dir: str, address: str | None) -> StudyPlan:
+def concurrency_warning(study: StudyConfig, concurrent: int) -> str | None:
+    """What is to be said of so many trials at a time; None: nothing.
+
+    Where a cluster is joined the number is known only when the study starts.
+    """
+    search = study.search
+    if search.sampler != "tpe" or search.startup_trials >= concurrent:
+        return None
+    return (
+        f"{concurrent} trials run at a time, so the first {concurrent} learn from no result and are as good "
+        f"as random, not {search.startup_trials} (search.num_startup_trials); lower "
+        "resources.max_concurrent_trials if that matters"
+    )
+
+
+def make_plan(
+    study: StudyConfig, study_dir: str, address: str | None, *, retry_failed: bool = False
+) -> StudyPlan:
     """Check everything that can be checked without starting Ray, and plan the study.
 
+    Args:
+        retry_failed: trials that failed are to be run again.
     Raises:
         RaydispError: data, model or machines do not allow it.
     """
     resources = None
     if not joins_cluster(address):
-        resources = plan_resources(study, [this_machine()], where="this machine")
+        resources = plan_resources(study, Offer((this_machine(),)), where="this machine")
     model = model_summary(study.model, study.data.context_length)
     _check_layers(study, model)
     if isinstance(study.model, PathModel):
         load_tokenizer(study.model)
     corpus = check_data(study.trial)
-    return StudyPlan(study, study_dir, read_agenda(study, study_dir), model, corpus, resources)
+    agenda = read_agenda(study, study_dir, retry_failed=retry_failed)
+    return StudyPlan(study, study_dir, agenda, model, corpus, resources, read_warm_starts(study))
 
 
 def _check_layers(study: StudyConfig, model: ModelSummary) -> None:
     """Layer numbers of a pretrained model, whose depth the study file does not tell."""
-    dimension = study.search.space.get("dispersion.layers", [])
+    choices = choices_of(study.search.space.get("dispersion.layers", [])) or []
     places = [("dispersion.layers", study.dispersion.layers)]
-    if isinstance(dimension, list) and "model.num_layers" not in study.search.space:
-        places += [(f'search.space["dispersion.layers"][{i}]', choice) for i, choice in enumerate(dimension)]
+    if "model.num_layers" not in study.search.space:
+        places += [(f'search.space["dispersion.layers"][{i}]', choice) for i, choice in enumerate(choices)]
     for place, choice in places:
         try:
             resolve_layers(choice, model.num_layers)
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from None
-
-
-def _dimension(dimension: Range | list[object]) -> str:
-    if isinstance(dimension, Range):
-        text = f"{dimension.low:g} to {dimension.high:g}"
-        if dimension.log:
-            text += ", logarithmic"
-        return text + (f", in steps of {dimension.step:g}" if dimension.step is not None else "")
-    return f"one of {', '.join(map(str, dimension))}"
 
 
 def _count(number: int, noun: str) -> str:

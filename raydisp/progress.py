@@ -18,7 +18,7 @@ class Progress:
     """A bar over the tokens of all trials; plain lines, one for each trial that ends, without a terminal."""
 
     def __init__(self, study: StudyConfig, plan: StudyPlan, *, quiet: bool) -> None:
-        self._objective = study.search.objective
+        self._objective = study.search.primary
         self._tokens_per_trial = study.num_steps * study.train.global_batch_tokens
         self._total = plan.agenda.num_trials
         self._tokens: dict[int, int] = {}
@@ -59,9 +59,12 @@ class Progress:
         if self._quiet:
             return
         value = row.get(self._objective.metric)
-        told = (
-            f"{self._objective.metric} {value:.4f}" if value is not None else row.get("error_message") or ""
-        )
+        if row["status"] == "pruned":
+            told = f"stopped after {row['num_tokens']:,} of {self._tokens_per_trial:,} tokens"
+        elif value is not None:
+            told = f"{self._objective.metric} {value:.4f}"
+        else:
+            told = row.get("error_message") or f"no {self._objective.metric}"
         elapsed_s, tokens = time.monotonic() - self._started, sum(self._tokens.values())
         left = elapsed_s / tokens * (self._total * self._tokens_per_trial - tokens)
         tqdm.write(

@@ -29,7 +29,7 @@ from raydisp import storage
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-STATUSES = ("completed", "failed", "diverged", "interrupted")
+STATUSES = ("completed", "pruned", "failed", "diverged", "interrupted")
 NUM_HISTOGRAM_BINS = 128
 
 _timestamp = pa.timestamp("us", tz="UTC")
@@ -43,6 +43,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "status": pa.string(),  # one of STATUSES
     "seed": pa.int64(),
     "config_json": pa.string(),  # the whole TrialConfig
+    "study_json": pa.string(),  # the whole study file, resolved
     "config_sha256": pa.string(),  # the trial's identity
     "num_steps": pa.int64(),  # really done
     "num_tokens": pa.int64(),  # really seen
@@ -273,10 +274,15 @@ def read_tables(study_dir: str) -> Tables:
     )
 
 
-def read_table(study_dir: str, name: str) -> pa.Table:
-    """Read one of the datasets, sorted by trial, attempt and, where there is one, step."""
+def read_table(study_dir: str, name: str, *, trial: int | None = None) -> pa.Table:
+    """Read one of the datasets, sorted by trial, attempt and, where there is one, step.
+
+    Args:
+        trial: read the rows of this one alone (not of `trials`).
+    """
     base = pa.schema(list(TRIAL_COLUMNS.items())) if name == "trials" else ROW_SCHEMAS[name]
-    tables = list(_read_files(storage.join(study_dir, name), base))
+    folder = [name] if trial is None else [name, trial_name(trial)]
+    tables = list(_read_files(storage.join(study_dir, *folder), base))
     if not tables:
         return base.empty_table()
     table = pa.concat_tables(tables, promote_options="default")

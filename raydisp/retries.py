@@ -9,6 +9,7 @@ the next run of the command give the same ones.
 | the node gave notice | the last checkpoint, as often as it happens |
 | out of memory | once, with half the micro-batch: the same global batch in more passes |
 | the user stopped the study | the last checkpoint, with the next run of the command |
+| a failure, and the user gives `--retry-failed` | a new beginning |
 | anything else | nothing: it would happen again |
 """
 
@@ -32,6 +33,9 @@ def goes_on(attempts: Sequence[Row], *, context_length: int, max_failures: int) 
         attempts: rows of all attempts of one trial, in order, the last with its error columns.
         context_length: of the trial: a micro-batch is one sequence at least.
     """
+    # A failed trial that the user has put up again begins with a clean slate.
+    failed = [index for index, row in enumerate(attempts[:-1]) if row.get("status") == "failed"]
+    attempts = attempts[failed[-1] + 1 :] if failed else attempts
     last = attempts[-1]
     if last["error_type"] == PREEMPTED:
         return True

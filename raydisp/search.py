@@ -1,188 +1,46 @@
-"""The search: Optuna suggests, Ray Tune places, rows decide.
+"""The search on Ray: Tune places the trials that the dispatcher hands out, and rows decide.
 
-`StudySearcher` hands Tune one assignment after the other: the baseline, trials that were interrupted, then
-what Optuna suggests. What a finished trial was worth is read from its row, so nothing that a process failed
-to report is lost, and the Optuna study can be rebuilt from rows at any time.
+What a finished trial was worth is read from its row, so nothing that a process failed to report is lost, and
+everything that the search knows can be made anew from rows at any time.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
-import sqlite3
 import tempfile
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
+import ray
 from ray import tune
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydisp import results, retries, space, storage, tidy
-from raydisp.agenda import BASELINE, Agenda, Row
-from raydisp.cluster import DRIVER_RESOURCES, Plan
-from raydisp.config import SearchConfig, StudyConfig, field_of
+from raydisp.agenda import Agenda, Row
+from raydisp.cluster import Plan, read_offer
+from raydisp.config import StudyConfig, field_of
+from raydisp.curves import Point, of_metric, read_curves
+from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError, PreemptedError, UnfitProcessError
 from raydisp.interrupts import stop_tune_on_interrupt
-from raydisp.seeds import derive_seed
+from raydisp.optuna_study import OptunaStudy
+from raydisp.placement import PlacementWatch, describe_offer
+from raydisp.stopping import StopRule, full_tokens
+from raydisp.warm_start import WarmStart
 from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
 
 logger = logging.getLogger(__name__)
 
 RunTrial = Callable[[Assignment, Report], Row]
-
-
-def make_sampler(search: SearchConfig, seed: int, trial: int) -> BaseSampler:
-    """The sampler that suggests one trial.
-
-    A fresh one for every trial, seeded by the study's seed and the trial's number: what it suggests is then a
-    function of these and of the finished trials, and no generator's state has to survive a restart.
-    """
-    seed = derive_seed("search", seed, trial) % 2**32
-    if search.sampler == "random":
-        return RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(
-            seed=seed, n_startup_trials=search.startup_trials, multivariate=True, constant_liar=True
-        )
-
-
-class OptunaStudy:
-    """The Optuna study behind a raydisp study: live in a local SQLite file, copied whole to the results."""
-
-    def __init__(self, study: StudyConfig, folder: Path) -> None:
-        """Start an empty one in a local folder."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._config = study
-        self._distributions = space.distributions(study)
-        self._file = folder / "optuna.db"
-        self._study = optuna.create_study(
-            study_name=study.name,
-            storage=f"sqlite:///{self._file}",
-            direction="minimize" if study.search.objective.mode == "min" else "maximize",
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study.set_metric_names([study.search.objective.metric])
-        self._live: dict[int, optuna.Trial] = {}
-
-    def add_finished(self, row: Row) -> None:
-        """Take a finished search trial of an earlier run from its row."""
-        params = space.to_optuna(self.searched_values(row))
-        value, state = self._outcome(row)
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                params=params,
-                distributions=self._distributions,
-                value=value,
-                state=state,
-                user_attrs=self._attributes(row),
-            )
-        )
-
-    def suggest(self, trial: int) -> space.Values:
-        """Values for a new trial."""
-        self._study.sampler = make_sampler(self._config.search, self._config.seed, trial)
-        self._live[trial] = self._study.ask(self._distributions)
-        return space.from_optuna(self._config, self._live[trial].params)
-
-    def enqueue(self, trial: int, values: Mapping[str, Any]) -> None:
-        """Open a trial with given values: one that was interrupted goes on."""
-        self._study.enqueue_trial(space.to_optuna(values))
-        self._live[trial] = self._study.ask(self._distributions)
-
-    def finish(self, row: Row) -> None:
-        """Close a trial by its row; one without a finite value is told as failed, never left running."""
-        live = self._live.pop(row["trial"], None)
-        if live is None:
-            return
-        for name, attribute in self._attributes(row).items():
-            live.set_user_attr(name, attribute)
-        value, state = self._outcome(row)
-        self._study.tell(live, value, state)
-
-    def snapshot(self, study_dir: str) -> None:
-        """Copy a consistent state to `<study_dir>/optuna.db`."""
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "optuna.db"
-            with (
-                contextlib.closing(sqlite3.connect(self._file)) as source,
-                contextlib.closing(sqlite3.connect(copy)) as target,
-            ):
-                source.backup(target)
-            storage.write_bytes(storage.join(study_dir, "optuna.db"), copy.read_bytes())
-
-    def close(self) -> None:
-        """Tell what is still open as failed, and let go of the file."""
-        for live in self._live.values():
-            self._study.tell(live, None, TrialState.FAIL)
-        self._live = {}
-        storage = self._study._storage
-        storage.remove_session()
-        backend = getattr(storage, "_backend", storage)
-        backend.engine.dispose()
-
-    def _outcome(self, row: Row) -> tuple[float | None, TrialState]:
-        value = row.get(self._config.search.objective.metric)
-        if row["status"] == "completed" and value is not None and math.isfinite(value):
-            return value, TrialState.COMPLETE
-        return None, TrialState.FAIL
-
-    def searched_values(self, row: Row) -> space.Values:
-        """What a search trial was given, from its row."""
-        config = json.loads(row["config_json"])
-        return {name: field_of(config, name) for name in self._config.search.space}
-
-    @staticmethod
-    def _attributes(row: Row) -> dict[str, Any]:
-        kept = ("trial", "status", "num_tokens", "error_message")
-        return {name: row[name] for name in kept if row.get(name) is not None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """What all trials of one run of the command share."""
-
-    study: StudyConfig
-    study_dir: str
-    cache_dir: str
-    working_dir: str
-    prepared: str
-    model_revision: str | None
-    code_version: str
-    packages: dict[str, str]
-    plan: Plan
-
-    def assign(self, trial: int, attempt: int, arm: str, values: Mapping[str, Any]) -> Assignment:
-        """The assignment of one attempt."""
-        return Assignment(
-            study=self.study.model_dump(mode="json"),
-            study_dir=self.study_dir,
-            cache_dir=self.cache_dir,
-            working_dir=self.working_dir,
-            trial=trial,
-            attempt=attempt,
-            phase="search",
-            arm=arm,
-            values=dict(values),
-            gpus_per_worker=self.plan.gpus_per_worker,
-            prepared=self.prepared,
-            model_revision=self.model_revision,
-            code_version=self.code_version,
-            packages=self.packages,
-        )
+OnResult = Callable[[Mapping[str, Any]], None]
 
 
 class StudySearcher(Searcher):
@@ -190,70 +48,66 @@ class StudySearcher(Searcher):
 
     def __init__(
         self,
-        launch: Launch,
-        agenda: Agenda,
+        dispatcher: Dispatcher,
         optuna_study: OptunaStudy,
-        on_finished: Callable[[Row], None],
+        *,
+        close_stop_rule: Callable[[int, str], None] = lambda trial, status: None,
+        taken_over: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Args:
+        close_stop_rule: told of each trial that ends, with its status.
+        taken_over: whether another command has the results folder now: nothing more is written.
+        """
         super().__init__()
-        self._launch = launch
+        self._dispatcher = dispatcher
         self._optuna = optuna_study
-        self._on_finished = on_finished
+        self._close_stop_rule = close_stop_rule
         self.running: dict[str, Assignment] = {}
-        self._again: collections.deque[Assignment] = collections.deque()
+        self._taken_over = taken_over
         self.stopped = False
-        for row in agenda.finished:
-            if row["trial"] != BASELINE:
-                optuna_study.add_finished(row)
-        self._todo = self._assignments(agenda)
-
-    def _assignments(self, agenda: Agenda) -> Iterator[Assignment]:
-        launch = self._launch
-        if agenda.needs_baseline:
-            yield launch.assign(BASELINE, 1, "baseline", {"dispersion.weight": 0.0})
-        for row in agenda.resumed:
-            if row["trial"] == BASELINE:
-                values: space.Values = {"dispersion.weight": 0.0}
-            else:
-                values = self._optuna.searched_values(row)
-                self._optuna.enqueue(row["trial"], values)
-            yield launch.assign(row["trial"], row["attempt"] + 1, row["arm"], values)
-        for trial in agenda.new:
-            yield launch.assign(trial, 1, "search", self._optuna.suggest(trial))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next assignment as a dictionary; None: none as yet; or that there will be none."""
-        assignment = self._again.popleft() if self._again else next(self._todo, None)
+        if self._taken_over():
+            return None if self.running else Searcher.FINISHED
+        assignment = self._dispatcher.next()
         if assignment is None:
-            # One that runs now may have to go on in another process.
+            # One that runs now may have to go on in another process, or leave something of the budget.
             return None if self.running else Searcher.FINISHED
         self.running[trial_id] = assignment
         return dataclasses.asdict(assignment)
+
+    def reported(self, trial_id: str, result: Mapping[str, Any]) -> int | None:
+        """A trial has evaluated; returns its number."""
+        assignment = self.running.get(trial_id)
+        if assignment is None or "step" not in result:
+            return None
+        self._dispatcher.reported(assignment.trial, result)
+        self._optuna.try_snapshot(assignment.study_dir, now=False)
+        return assignment.trial
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Close a trial by its row, or put it up again; a lost process gets a row that says so."""
         assignment = self.running.pop(trial_id, None)
-        if assignment is None:
+        if assignment is None or self._taken_over():
             return
         attempts = results.read_attempts(assignment.study_dir, assignment.trial)
-        begun = attempts[-1] if len(attempts) >= assignment.attempt else None
+        begun = attempts[-1] if attempts and attempts[-1]["attempt"] >= assignment.attempt else None
         if self.stopped and (begun is None or begun["status"] == "interrupted"):
+            self._dispatcher.leave(assignment.trial)
             return  # goes on with the next run of the command
         row = begun
         if row is None or (row["status"] == "interrupted" and row["ended_at"] is None):
             row = lost_row(assignment, attempts, begun)
         if row["status"] == "interrupted":
             logger.warning("trial %d goes on elsewhere: %s", row["trial"], row["error_message"])
-            self._again.append(dataclasses.replace(assignment, attempt=row["attempt"] + 1))
+            self._dispatcher.put_back(assignment, row["attempt"] + 1)
             return
-        self._optuna.finish(row)
-        try:
-            self._optuna.snapshot(assignment.study_dir)
-        except OutputError as problem:  # a copy for readers; the next one may do better
-            logger.warning("%s", problem)
-        self._on_finished(row)
+        self._dispatcher.close(row, _curve_of(assignment))
+        self._close_stop_rule(row["trial"], row["status"])
+        self._optuna.try_snapshot(assignment.study_dir)
 
     def stop(self) -> None:
         """The user has stopped the study: trials that have not ended by themselves were interrupted."""
@@ -268,6 +122,12 @@ class StudySearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+def _curve_of(assignment: Assignment) -> list[Point]:
+    study = StudyConfig.model_validate(assignment.study)
+    evals = results.read_table(assignment.study_dir, "evals", trial=assignment.trial)
+    return read_curves(evals, before_tokens=full_tokens(study)).get(assignment.trial, [])
 
 
 def lost_row(assignment: Assignment, attempts: Sequence[Row], begun: Row | None) -> Row:
@@ -305,24 +165,51 @@ def run_search(
     launch: Launch,
     agenda: Agenda,
     *,
-    on_result: Callable[[Mapping[str, Any]], None],
+    warm_starts: Sequence[WarmStart] = (),
+    on_result: OnResult,
     on_finished: Callable[[Row], None],
+    taken_over: Callable[[], bool] = lambda: False,
     run: RunTrial = run_trial,
-) -> None:
+) -> str | None:
     """Run what is left of a search on the Ray that is running.
 
     Args:
+        warm_starts: trials of other studies that the sampler knows from the start.
         on_result: called with what a running trial reports: trial, step, num_tokens, val_loss, elapsed_s.
         on_finished: called with the row of each trial that ends.
+        taken_over: whether another command has the results folder now.
         run: trains one trial in its process and returns its row.
+    Returns:
+        Why the search ended before its number of trials; None: it did not.
     Raises:
         KeyboardInterrupt: the user stopped it.
+        OutputError: another command has taken over the results folder.
     """
-    with tempfile.TemporaryDirectory(prefix="raydisp-") as scratch:
-        optuna_study = OptunaStudy(launch.study, Path(scratch))
-        searcher = StudySearcher(launch, agenda, optuna_study, on_finished)
+    study = launch.study
+    curves = read_curves(results.read_table(launch.study_dir, "evals"), before_tokens=full_tokens(study))
+    with (
+        tempfile.TemporaryDirectory(prefix="raydisp-") as scratch,
+        _stop_rule(launch, agenda, curves) as rule,
+    ):
+        if rule is not None:
+            launch = dataclasses.replace(launch, stop_rule=rule[1])
+        optuna_study = OptunaStudy(study, Path(scratch))
+        for warm_start in warm_starts:
+            optuna_study.add_foreign(warm_start.rows, warm_start.origin)
+        dispatcher = Dispatcher(launch, agenda, optuna_study, curves=curves, on_finished=on_finished)
+        # At once: what an earlier run has left open there is open no more.
+        optuna_study.try_snapshot(launch.study_dir)
+        searcher = StudySearcher(
+            dispatcher,
+            optuna_study,
+            close_stop_rule=(lambda trial, status: rule[0].close.remote(trial, status))
+            if rule is not None
+            else (lambda trial, status: None),
+            taken_over=taken_over,
+        )
+        watch = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
         tuner = tune.Tuner(
-            tune.with_resources(_trainable(launch.study, run), _trial_resources(launch.plan)),
+            tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,  # the searcher knows: trials may come back
@@ -334,7 +221,7 @@ def run_search(
                 name="tune",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Results(searcher.running, on_result)],
+                callbacks=[_Events(launch.plan, watch, searcher, on_result)],
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
@@ -343,10 +230,41 @@ def run_search(
                 tuner.fit()
         finally:
             optuna_study.close()
-            optuna_study.snapshot(launch.study_dir)
-            storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+            if not taken_over():
+                optuna_study.try_snapshot(launch.study_dir)
+                storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+        if taken_over():
+            raise OutputError(
+                f"{launch.study_dir} was taken over by another command, because this one had given no sign "
+                "of life for too long; it goes on there"
+            )
         if searcher.stopped:
             raise KeyboardInterrupt
+        return dispatcher.over
+
+
+@contextlib.contextmanager
+def _stop_rule(
+    launch: Launch, agenda: Agenda, curves: Mapping[int, Sequence[Point]]
+) -> Iterator[tuple[Any, dict[str, str]] | None]:
+    """The actor that trials ask whether to go on, on this node: its handle, and where trials find it."""
+    watched = launch.study.search.watched
+    if watched is None:
+        yield None
+        return
+    where = {"name": f"raydisp-{uuid.uuid4().hex[:12]}", "namespace": ray.get_runtime_context().namespace}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(StopRule)
+    handle = actor.options(**where, scheduling_strategy=here).remote(launch.study)
+    for row in sorted([*agenda.finished, *agenda.resumed], key=lambda row: row["trial"]):
+        if row["arm"] != "baseline":
+            curve = of_metric(curves.get(row["trial"], ()), watched.metric)
+            handle.replay.remote(row["trial"], curve, row["status"])
+    try:
+        yield handle, {**where, "metric": watched.metric}
+    finally:
+        with contextlib.suppress(Exception):  # Ray may be gone already
+            ray.kill(handle)
 
 
 def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[str, Any]], None]:
@@ -382,21 +300,30 @@ def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[
 def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:
     """A trial of one worker trains in its own process; one of several only waits in it for Ray Train."""
     if plan.num_workers > 1:
-        return tune.PlacementGroupFactory([dict(DRIVER_RESOURCES)])
+        return tune.PlacementGroupFactory([dict(plan.driver_resources)])
     bundle = {"CPU": plan.cpus_per_worker}
     if plan.gpus_per_worker:
         bundle["GPU"] = plan.gpus_per_worker
     return tune.PlacementGroupFactory([bundle])
 
 
-class _Results(tune.Callback):
-    """Passes on what running trials report."""
+class _Events(tune.Callback):
+    """Passes on what running trials report, and sees to it that none waits for its place for ever."""
 
     def __init__(
-        self, running: Mapping[str, Assignment], on_result: Callable[[Mapping[str, Any]], None]
+        self, plan: Plan, watch: PlacementWatch, searcher: StudySearcher, on_result: OnResult
     ) -> None:
-        self._running = running
+        self._plan = plan
+        self._watch = watch
+        self._searcher = searcher
         self._on_result = on_result
+
+    def on_step_begin(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
+        states = {trial.status for trial in trials}
+        pending, running = "PENDING" in states, "RUNNING" in states
+        if self._watch.saw(pending=pending, running=running, now=time.monotonic()):
+            offer = describe_offer(read_offer(), self._plan.cpus_per_worker, self._plan.gpus_per_worker)
+            raise self._watch.error(offer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy that nobody reads; a progress bar cannot be in it
@@ -404,6 +331,6 @@ class _Results(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
-        assignment = self._running.get(trial.trial_id)
-        if assignment is not None and "step" in result:
-            self._on_result({"trial": assignment.trial, **result})
+        number = self._searcher.reported(trial.trial_id, result)
+        if number is not None:
+            self._on_result({"trial": number, **result})

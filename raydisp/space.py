@@ -1,17 +1,22 @@
-"""The search space: which fields it may name, what may stand there, and what Optuna and Arrow make of it."""
+"""The search space: which fields it may name, what may stand there, and what Optuna and Arrow make of it.
+
+A dimension with a condition (`when`) is searched only where another searched field has one of the values that
+it names; elsewhere the field has the study file's value, and its column in the results is null.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from raydisp.config import Range, StudyConfig, TrialConfig, with_fields
-from raydisp.errors import suggest
+from raydisp.config import StudyConfig, TrialConfig, field_of
+from raydisp.search_config import Range, choices_of, condition
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -24,18 +29,39 @@ NOT_SEARCHED = ("seed", "evaluate", "checkpoint", "train.budget_tokens")
 """What cannot vary within a search: comparisons would no longer be fair."""
 
 
-def section_class(section: type[BaseModel], key: str, node: Any) -> type[BaseModel]:
-    """The class that describes what stands under a key.
+def section_class(section: Any, key: str | int, node: Any) -> Any:
+    """The class or type that describes what stands under a key.
 
     Args:
-        node: the mapping that stands there; its discriminator chooses among the members of a union.
+        section: class of the section, or the type of a list or mapping, that the key is in.
+        node: what stands there; its discriminator, or its keys, choose among the members of a union.
     """
-    classes = [kind for kind in _flat_types(section.model_fields[key].annotation) if _is_section(kind)]
+    # Else an entry of a list, or of a mapping whose keys are the user's.
+    inner = section.model_fields[key].annotation if _is_section(section) else get_args(section)[-1]
+    kinds = _members(inner)
+    if isinstance(node, list):
+        return next((kind for kind in kinds if get_origin(kind) is list), list[Any])
+    classes = [kind for kind in kinds if _is_section(kind)]
     for kind in classes:
         sources = get_args(kind.model_fields["source"].annotation) if "source" in kind.model_fields else ()
         if isinstance(node, dict) and node.get("source") in sources:
             return kind
-    return classes[0]
+    if not classes:
+        return next((kind for kind in kinds if get_origin(kind) is dict), dict[str, Any])
+    known = [
+        sum(name in kind.model_fields for name in node) if isinstance(node, dict) else 0 for kind in classes
+    ]
+    return classes[known.index(max(known))]
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that an annotation admits, lists and mappings with what they hold."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for member in get_args(annotation) for kind in _members(member)]
+    return [annotation]
 
 
 def searchable_fields(study: StudyConfig) -> dict[str, Any]:
@@ -50,64 +76,104 @@ def searchable_fields(study: StudyConfig) -> dict[str, Any]:
     return fields
 
 
-Explain = Callable[[ValidationError, Any], str]
+def values_of(dimension: Any) -> list[Any]:
+    """The values of a dimension that is a list of them."""
+    choices = choices_of(dimension)
+    assert choices is not None, "a list of values"
+    return choices
 
 
-def find_problem(study: StudyConfig, explain: Explain) -> tuple[KeyPath, str] | None:
-    """The first mistake in the search space, as the place in the file and a sentence; None if there is none.
+def is_one_of(value: Any, values: list[Any]) -> bool:
+    """Whether a value is among others, types apart: 1, 1.0, True and "1" differ."""
+    return label(value) in {label(other) for other in values}
+
+
+# --- points of the space ---------------------------------------------------------------------------------
+
+
+def is_searched(study: StudyConfig, name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a dimension's condition holds.
 
     Args:
-        explain: makes a sentence of a validation error and the tree of values that it is about.
+        values: of the dimensions before it that are searched; what is not among them is not searched.
     """
+    for parent, wanted in condition(study.search.space[name]).items():
+        if parent not in values or not is_one_of(values[parent], wanted):
+            return False
+    return True
+
+
+def searched_values(study: StudyConfig, config: Mapping[str, Any]) -> Values:
+    """The point of the space that a trial's whole configuration stands for: fields whose condition holds."""
+    values: Values = {}
+    for name in study.search.space:
+        if is_searched(study, name, values):
+            values[name] = field_of(config, name)
+    return values
+
+
+def contains(study: StudyConfig, name: str, value: Any) -> bool:
+    """Whether a dimension can have this value."""
+    dimension = study.search.space[name]
+    if not isinstance(dimension, Range):
+        return is_one_of(value, values_of(dimension))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    distribution = distributions(study)[name]
+    return dimension.low <= value <= dimension.high and distribution._contains(value)
+
+
+def describe(dimension: Any) -> str:
+    """For people: `0.01 to 2, logarithmic`."""
+    if isinstance(dimension, Range):
+        text = f"{dimension.low:g} to {dimension.high:g}"
+        if dimension.log:
+            text += ", logarithmic"
+        text += f", in steps of {dimension.step:g}" if dimension.step is not None else ""
+    else:
+        text = f"one of {', '.join(map(str, values_of(dimension)))}"
+    for parent, values in condition(dimension).items():
+        text += f", where {parent} is {' or '.join(map(str, values))}"
+    return text
+
+
+def grid(study: StudyConfig) -> list[Values]:
+    """Every combination of the values of the space, in the order of the file; conditions are kept."""
+    points: list[Values] = [{}]
     fields = searchable_fields(study)
     for name, dimension in study.search.space.items():
-        place: KeyPath = ("search", "space", name)
-        shown = f'search.space["{name}"]'
-        if name not in fields:
-            fixed = next((part for part in NOT_SEARCHED if f"{name}.".startswith(f"{part}.")), None)
-            if fixed:
-                reason = f"{fixed} is the same in all trials of a study, so that they compare"
-            else:
-                reason = f"it names no field of a trial.{suggest(name, fields)}"
-            return place, f"{shown} cannot be searched: {reason}"
-        if isinstance(dimension, Range):
-            kind = _number_type(fields[name])
-            if kind is None:
-                return place, f"{shown} is a range, but {name} is not a number; give a list of its values"
-            for part in ("low", "high", "step"):
-                end = getattr(dimension, part)
-                if kind is int and isinstance(end, float) and not end.is_integer():
-                    return (
-                        (*place, part),
-                        f"{shown}.{part} = {end} is not a whole number, and {name} is one",
-                    )
-        elif len({_label(value) for value in dimension}) < len(dimension):
-            return place, f"{shown} names a value twice; keep one of each"
-        for key, value in _corners(dimension):
-            problem = _problem_with(study, name, value, explain)
-            if problem:
-                at = f"{shown}[{key}]" if isinstance(key, int) else f"{shown}.{key}"
-                return (*place, key), f"{at} = {json.dumps(value)} is not allowed: {problem}"
-    return None
+        steps = _steps(dimension, number_type(fields[name]) is int)
+        points = [
+            {**point, name: value} if searched else point
+            for point in points
+            for searched in [is_searched(study, name, point)]
+            for value in (steps if searched else [None])
+        ]
+    return points
 
 
-def _corners(dimension: Any) -> Iterator[tuple[str | int, Any]]:
-    """The values that are tried out against the rules: both ends of a range, every entry of a list."""
-    if isinstance(dimension, Range):
-        yield from (("low", dimension.low), ("high", dimension.high))
-    else:
-        yield from enumerate(dimension)
+def grid_size(study: StudyConfig) -> int:
+    """Number of combinations."""
+    if not any(condition(dimension) for dimension in study.search.space.values()):
+        fields = searchable_fields(study)
+        return math.prod(
+            len(_steps(dimension, number_type(fields[name]) is int))
+            for name, dimension in study.search.space.items()
+        )
+    return len(grid(study))
 
 
-def _problem_with(study: StudyConfig, name: str, value: Any, explain: Explain) -> str | None:
-    tree = with_fields(study.trial, {name: value})
-    try:
-        trial = TrialConfig.model_validate(tree)
-    except ValidationError as error:
-        return explain(error, tree)
-    if trial.sequences_per_step % study.resources.num_workers:
-        return f"resources.num_workers = {study.resources.num_workers} cannot share its batch evenly"
-    return None
+def _steps(dimension: Any, whole: bool) -> Sequence[Any]:
+    if not isinstance(dimension, Range):
+        return values_of(dimension)
+    step = dimension.step if dimension.step is not None else 1
+    if whole:
+        return range(int(dimension.low), int(dimension.high) + 1, int(step))
+    count = math.floor((dimension.high - dimension.low) / step + 1e-9) + 1
+    return [float(dimension.low + index * step) for index in range(count)]
+
+
+# --- as Optuna and Arrow have it ---------------------------------------------------------------------------
 
 
 def distributions(study: StudyConfig) -> dict[str, BaseDistribution]:
@@ -122,8 +188,8 @@ def distributions(study: StudyConfig) -> dict[str, BaseDistribution]:
     made: dict[str, BaseDistribution] = {}
     for name, dimension in study.search.space.items():
         if not isinstance(dimension, Range):
-            made[name] = CategoricalDistribution([_scalar(value) for value in dimension])
-        elif _number_type(fields[name]) is int:
+            made[name] = CategoricalDistribution([_scalar(value) for value in values_of(dimension)])
+        elif number_type(fields[name]) is int:
             step = 1 if dimension.step is None else int(dimension.step)
             made[name] = IntDistribution(
                 int(dimension.low), int(dimension.high), log=dimension.log, step=step
@@ -141,7 +207,8 @@ def from_optuna(study: StudyConfig, params: Mapping[str, Any]) -> Values:
     for name, value in params.items():
         dimension = study.search.space[name]
         if not isinstance(dimension, Range):
-            value = next(choice for choice in dimension if _label(_scalar(choice)) == _label(value))
+            name_of = label(value)
+            value = next(choice for choice in values_of(dimension) if label(_scalar(choice)) == name_of)
         values[name] = value
     return values
 
@@ -177,7 +244,8 @@ def _column_type(annotation: Any) -> pa.DataType:
     return pa.string()
 
 
-def _number_type(annotation: Any) -> type | None:
+def number_type(annotation: Any) -> type | None:
+    """int or float where a field admits such a number, float before int; else None."""
     kinds = set(_flat_types(annotation))
     if float in kinds:
         return float
@@ -204,6 +272,7 @@ def _scalar(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def _label(value: Any) -> str:
+def label(value: Any) -> str:
+    """A value as text that differs wherever the values do."""
     # 1, 1.0, True and "1" are equal or alike in Python; as text with their type they are not.
     return f"{type(value).__name__}:{json.dumps(value)}"

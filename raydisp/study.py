@@ -6,13 +6,14 @@ python -m raydisp.study studies/weight_search.yaml
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
-from raydisp import results, storage
+from raydisp import lease, results, storage
+from raydisp.agenda import read_agenda
 from raydisp.config import StudyConfig
 from raydisp.errors import (
     EXIT_DONE,
@@ -25,6 +26,7 @@ from raydisp.errors import (
 from raydisp.interrupts import terminate_as_interrupt
 from raydisp.plan import StudyPlan, make_plan
 from raydisp.studyfile import differences, dump_study, load_study, parse_study
+from raydisp.warm_start import read_warm_starts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +71,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", metavar="DIR", help="results go to DIR/<name of the study>")
     parser.add_argument("--address", help='of a Ray cluster; "local" starts Ray on this machine')
+    parser.add_argument(
+        "--fork",
+        metavar="NAME",
+        help="a new study of this name, by the file as it is now; it takes the trials of the old one as "
+        "a warm start",
+    )
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="run trials that failed once more, from their beginning"
+    )
+    parser.add_argument(
+        "--simulate",
+        metavar="DIR",
+        help="replay the curves recorded in a results folder instead of training: seconds, and no Ray",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start and write nothing")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of a study file")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the summary")
@@ -84,20 +100,59 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         overrides.append(f"output={json.dumps(arguments.output)}")
     study = load_study(arguments.file, overrides)
-    study_dir = storage.join(study.output, study.name)
-    if "://" not in study_dir:
-        study_dir = os.path.abspath(os.path.expanduser(study_dir))
+    if arguments.fork is not None:
+        study = _fork(study, arguments, overrides)
+    if arguments.simulate is not None:
+        return _simulate(study, arguments)
+    study_dir = storage.local_absolute(storage.join(study.output, study.name))
     _refuse_other_study(study, study_dir)
     storage.check_writable(study_dir)
-    plan = make_plan(study, study_dir, arguments.address)
     if arguments.dry_run:
-        print(plan.describe())
+        print(_plan(study, study_dir, arguments).describe())
         return EXIT_DONE
-    if plan.agenda.num_trials:
-        _run_trials(study, study_dir, plan, arguments)
-    else:
-        _say(arguments, f"All {study.search.num_trials} search trials and the baseline are done already.")
-    return _conclude(study, study_dir)
+    plan = _plan(study, study_dir, arguments)
+    with lease.hold(study_dir) as held:
+        # results.finish_compaction
+        # Once more: only now is the folder ours, and another command may have filled it since.
+        _refuse_other_study(study, study_dir)
+        agenda = read_agenda(study, study_dir, retry_failed=arguments.retry_failed)
+        plan = dataclasses.replace(plan, agenda=agenda)
+        over = None
+        if agenda.num_trials:
+            over = _run_trials(study, study_dir, plan, held, arguments)
+        else:
+            _say(arguments, f"All {study.search.num_trials} search trials and the baseline are done already.")
+        return _conclude(study, study_dir, over)
+
+
+def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> StudyPlan:
+    return make_plan(study, study_dir, arguments.address, retry_failed=arguments.retry_failed)
+
+
+def _fork(study: StudyConfig, arguments: argparse.Namespace, overrides: list[str]) -> StudyConfig:
+    """The study under a new name, with the old one's trials as a warm start."""
+    origin = storage.local_absolute(storage.join(study.output, study.name))
+    if arguments.fork == study.name:
+        raise OutputError(f"--fork {arguments.fork} is the name of the study itself; give a new one")
+    warm_start = [*study.search.warm_start, origin]
+    more = [f"name={json.dumps(arguments.fork)}", f"search.warm_start={json.dumps(warm_start)}"]
+    return load_study(arguments.file, [*overrides, *more])
+
+
+def _simulate(study: StudyConfig, arguments: argparse.Namespace) -> int:
+    from raydisp.simulate import load_recorded, simulate_study
+
+    recorded = load_recorded(study, arguments.simulate)
+    study_dir = storage.local_absolute(storage.join(study.output, f"{study.name}.simulated"))
+    if arguments.dry_run:
+        print(recorded.describe(study))
+        print(f"Results would go to {study_dir}. Dry run: nothing was started or written.")
+        return EXIT_DONE
+    _say(arguments, recorded.describe(study))
+    storage.check_writable(study_dir)
+    with lease.hold(study_dir):
+        over = simulate_study(study, study_dir, recorded)
+        return _conclude(study, study_dir, over)
 
 
 def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
@@ -116,42 +171,68 @@ def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
     if changed:
         raise OutputError(
             f"{study_dir} holds results of a study that differs from this one in {'; '.join(changed)}. "
-            "Restore the file, or give this study another name (name:) or place (--output)"
+            "Restore the file; or start a new study that knows the old trials, with --fork NAME; or give "
+            "this one another name (name:) or place (--output)"
         )
 
 
-def _run_trials(study: StudyConfig, study_dir: str, plan: StudyPlan, arguments: argparse.Namespace) -> None:
+def _run_trials(
+    study: StudyConfig, study_dir: str, plan: StudyPlan, held: lease.Lease, arguments: argparse.Namespace
+) -> str | None:
+    """Run what is left; returns why the search ended before its number of trials, if it did."""
     from raydisp import cluster
     from raydisp.launch import prepare_launch, refuse_other_content
     from raydisp.progress import Progress
 
     _say(arguments, plan.headline())
     with (
-        storage.exclusive(study_dir),
         cluster.running_ray(
             arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
-        ) as nodes,
+        ) as offer,
         terminate_as_interrupt(),  # again: Ray has set a handler of its own
     ):
         from raydisp.search import run_search
 
-        launch = prepare_launch(study, study_dir, nodes, arguments.address, quiet=arguments.quiet)
+        launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
+        launch = dataclasses.replace(launch, lease=held.id)
         refuse_other_content(launch, plan.agenda)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
         _say(arguments, f"Running {launch.plan.describe()}.")
+        for warning in dataclasses.replace(plan, resources=launch.plan).warnings():
+            _say(arguments, f"Warning: {warning}.")
+        warm_starts = read_warm_starts(study, launch.data_sha256)
+        for warm_start in warm_starts:
+            _say(arguments, f"Warm start: {warm_start.describe()}.")
         with Progress(study, plan, quiet=arguments.quiet) as progress:
-            run_search(launch, plan.agenda, on_result=progress.on_result, on_finished=progress.on_finished)
+            return run_search(
+                launch,
+                plan.agenda,
+                warm_starts=warm_starts,
+                on_result=progress.on_result,
+                on_finished=progress.on_finished,
+                taken_over=held.lost.is_set,
+            )
 
 
-def _conclude(study: StudyConfig, study_dir: str) -> int:
-    """Build the report, say what was found and where it lies."""
+def _conclude(study: StudyConfig, study_dir: str, over: str | None) -> int:
+    """Build the report, say what was found and where it lies.
+
+    Args:
+        over: why the search ended before its number of trials.
+    """
     from raydisp import analysis
     from raydisp.report import build_report
 
     tables = results.read_tables(study_dir)
+    objectives = study.search.objectives
+    if len(objectives) > 1:
+        front = analysis.pareto_front(tables.trials, *objectives)
+        results.write_table(storage.join(study_dir, "pareto", "front.parquet"), front)
     report = build_report(study_dir)
-    for sentence in analysis.summarise(tables.trials, study.search.objective):
+    if over is not None:
+        print(f"No further trial was started: {over}.")
+    for sentence in analysis.summarise(tables.trials, *objectives):
         print(sentence)
     counts = analysis.count_statuses(tables.trials)
     told = ", ".join(f"{number} {status}" for status, number in counts.items() if number)

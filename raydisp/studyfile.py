@@ -1,7 +1,8 @@
 """Reading a study file: YAML, overrides from the command line, and a sentence for every mistake.
 
-What the file may say is in `config` and `space`; this module turns text into a `StudyConfig` and pydantic's
-findings into sentences that name the file, the line, what was found and what is allowed.
+What the file may say is in `config`, `search_config` and `space_rules`; this module turns text into a
+`StudyConfig` and pydantic's findings into sentences that name the file, the line, what was found and what is
+allowed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from raydisp import space
 from raydisp.config import EFFORT_FIELDS, StudyConfig
 from raydisp.errors import ConfigError, suggest
+from raydisp.space_rules import find_problem
 
 KeyPath = tuple[str | int, ...]
 
@@ -60,7 +62,7 @@ def parse_study(text: str, name: str, overrides: Sequence[str] = ()) -> StudyCon
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentences(error, tree, source))) from None
-    problem = space.find_problem(study, explain)
+    problem = find_problem(study, explain)
     if problem is not None:
         key_path, sentence = problem
         raise ConfigError(f"{source.place(key_path)}: {sentence}")
@@ -76,14 +78,20 @@ EFFORT = ("output", "resources", "checkpoint", "failures")
 """Parts of a study file that do not change what a trial finds."""
 
 
+LENGTH_FIELDS = ("num_trials", "max_tokens_total", "max_hours", "stop_when")
+"""Fields of `search` that say how long it goes on."""
+
+
 def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
     """The fields that change results and differ, each as `train.learning_rate (0.002 -> 0.003)`.
 
-    More trials continue a study, so `search.num_trials` may differ; parts in EFFORT may too.
+    A study may go on for longer, so `search.num_trials` and what else ends it may differ; parts in EFFORT may
+    too.
     """
     trees = [study.model_dump(mode="json", exclude=set(EFFORT)) for study in (earlier, later)]
     for tree in trees:
-        del tree["search"]["num_trials"]
+        for name in LENGTH_FIELDS:
+            del tree["search"][name]
         for name in EFFORT_FIELDS:
             del tree["train"][name]
         # What it stands for counts, not how it is spelt: half of num_trials would change as they grow.
@@ -242,7 +250,7 @@ def _split_override(tree: dict[str, Any], dotted: str) -> tuple[str, ...]:
         return tuple(dotted.split("."))
     rest = dotted[len(prefix) :]
     field, dot, last = rest.rpartition(".")
-    if dot and field.count(".") >= 1 and last in ("low", "high", "log", "step"):
+    if dot and field.count(".") >= 1 and last in ("low", "high", "log", "step", "when", "choices"):
         return ("search", "space", field, last)
     return ("search", "space", rest)
 
@@ -381,7 +389,7 @@ def _allowed_keys(path: KeyPath, tree: Any) -> list[str]:
     node = tree
     for key in path:
         node = node[key]
-        section = space.section_class(section, str(key), node)
+        section = space.section_class(section, key, node)
     return list(section.model_fields)
 
 

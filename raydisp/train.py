@@ -54,7 +54,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What one finished training is worth, and what it really used."""
+    """What one training is worth, and what it really used."""
 
     num_steps: int
     num_tokens: int
@@ -63,7 +63,8 @@ class TrainResult:
     train_loss: float | None
     """Cross-entropy, nats per token, mean over the last tenth of the steps; None if all of them were
     skipped."""
-    final: Evaluation
+    final: Evaluation | None
+    """On the whole validation split; None: the training was stopped before its end."""
     train_s: float
     """Seconds in the loop over all attempts: steps, evaluations, checkpoints."""
     tokens_per_s: float | None
@@ -144,6 +145,7 @@ def train(
     resume_from: Saved | None = None,
     on_start: Callable[[], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    must_stop: Callable[[dict[str, Any]], bool] | None = None,
     interruption: Callable[[], str | None] | None = None,
 ) -> TrainResult:
     """Train a model as the trial says.
@@ -159,7 +161,10 @@ def train(
             trial.checkpoint.every_tokens.
         resume_from: go on from here: what `checkpoints.find` returned.
         on_start: called once before the first step of this attempt.
-        on_evaluation: called on every worker after each evaluation, with step, num_tokens and val_loss.
+        on_evaluation: called on every worker after each evaluation, with step, num_tokens, elapsed_s and the
+            metrics of the evaluation under the names of the columns of `trials`.
+        must_stop: asked on the main worker, with the same, after each evaluation between start and end:
+            whether the training ends here, before its budget.
         interruption: called on all workers at the same steps, about every INTERRUPTION_POLL_S; why this
             machine must be left now, if it must: the same on all workers.
     Raises:
@@ -193,6 +198,10 @@ def train(
     def elapsed_s() -> float:
         return progress.train_s + time.perf_counter() - started
 
+    def metrics_of(step: int, evaluation: Evaluation) -> dict[str, Any]:
+        at = {"step": step, "num_tokens": step * tokens_per_step, "elapsed_s": elapsed_s()}
+        return {**at, **evaluation.metrics()}
+
     def run_evaluation(step: int, max_tokens: int | None) -> Evaluation:
         evaluation = evaluate(
             wrapped,
@@ -211,14 +220,7 @@ def train(
                     rows.add(table, row)
             rows.flush(step)
         if on_evaluation is not None:
-            on_evaluation(
-                {
-                    "step": step,
-                    "num_tokens": step * tokens_per_step,
-                    "val_loss": evaluation.loss,
-                    "elapsed_s": elapsed_s(),
-                }
-            )
+            on_evaluation(metrics_of(step, evaluation))
         return evaluation
 
     def save_checkpoint(val_loss: float | None, *, wait: bool = False) -> None:
@@ -288,7 +290,11 @@ def train(
                     break
                 val_loss = None
                 if evaluate_every and done % evaluate_every == 0:
-                    val_loss = run_evaluation(done, trial.evaluate.max_tokens).loss
+                    evaluation = run_evaluation(done, trial.evaluate.max_tokens)
+                    val_loss = evaluation.loss
+                    stopped = must_stop is not None and must_stop(metrics_of(done, evaluation))
+                    if _on_any_worker(stopped, layout):
+                        break
                 if checkpoint_every and done % checkpoint_every == 0:
                     save_checkpoint(val_loss)
                 reason = asked.at(done)
@@ -296,7 +302,7 @@ def train(
                     if checkpoints is not None and (not checkpoint_every or done % checkpoint_every):
                         save_checkpoint(val_loss)
                     raise PreemptedError(done, reason)
-        final = run_evaluation(num_steps, None)
+        final = run_evaluation(num_steps, None) if progress.step == num_steps else None
         used = settings_in_use(model, optimizer, term, trial)
         if checkpoints is not None:
             checkpoints.wait()
@@ -314,11 +320,11 @@ def train(
     finally:
         if term is not None:
             term.remove()
-    steps_here = num_steps - first_step
+    steps_here = progress.step - first_step
     recent = progress.recent_lm_losses
     return TrainResult(
-        num_steps=num_steps,
-        num_tokens=num_steps * tokens_per_step,
+        num_steps=progress.step,
+        num_tokens=progress.step * tokens_per_step,
         num_skipped_steps=progress.num_skipped_steps,
         train_loss=math.fsum(recent) / len(recent) if recent else None,
         final=final,
@@ -329,6 +335,15 @@ def train(
         precision=precision,
         used=used,
     )
+
+
+def _on_any_worker(told: bool, layout: Layout) -> bool:
+    """Whether any worker says so; all must ask."""
+    if layout.world_size == 1:
+        return told
+    votes = torch.tensor(float(told), device=layout.device)
+    all_reduce_sum([votes], layout)
+    return bool(votes.item())
 
 
 class _Interruption:

@@ -350,3 +350,19 @@ def test_bad_input_is_refused(call: Any, message: str) -> None:
 def test_bins_are_the_documented_128() -> None:
     assert condensation.NUM_BINS == 128
     assert cosine_histogram(states()).shape == (3, 128)
+
+
+def test_a_diverged_model_has_no_condensation() -> None:
+    """One row that is not a number makes the means so, and its pairs are not counted; nothing is raised."""
+    hidden = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
+    hidden[1][1, 2] = torch.nan
+    accumulator = CondensationAccumulator(2)
+    accumulator.update(hidden)
+    result = accumulator.result()
+    assert math.isfinite(result.cosine_mean[0])
+    assert math.isfinite(result.effective_rank[0])
+    assert math.isnan(result.cosine_mean[1])
+    assert math.isnan(result.effective_rank[1])
+    assert sum(result.histogram[0]) == 2 * 25
+    # Of the second sequence, the pairs of the four rows that are whole.
+    assert sum(result.histogram[1]) == 25 + 16

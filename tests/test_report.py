@@ -19,8 +19,8 @@ import yaml
 from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_row
 
 from raydisp import figures, page, report, results, storage
-from raydisp.config import Objective
 from raydisp.errors import OutputError
+from raydisp.search_config import Objective
 
 EVIL = """<script>alert(1)</script> "quoted" 'single' & <b>bold</b> <img src=x onerror=alert(1)> 漢字"""
 STUDY: dict[str, Any] = {

@@ -16,8 +16,12 @@ from raydisp import results, space, storage
 from raydisp.agenda import Agenda, read_agenda
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
+from raydisp.curves import read_curves
+from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError
-from raydisp.search import Launch, OptunaStudy, Searcher, StudySearcher
+from raydisp.optuna_study import OptunaStudy
+from raydisp.search import Searcher, StudySearcher
+from raydisp.stopping import full_tokens
 from raydisp.worker import Assignment, blank_row
 
 
@@ -36,7 +40,11 @@ class Driver:
         self.finished: list[dict[str, Any]] = []
         launch = Launch(study, self.study_dir, "", "", "", None, "0", {"torch": "x"}, Plan(1, 1.0, 0.0, 1))
         self.agenda = read_agenda(study, self.study_dir)
-        self.searcher = StudySearcher(launch, self.agenda, self.optuna, self.finished.append)
+        curves = read_curves(results.read_table(self.study_dir, "evals"), before_tokens=full_tokens(study))
+        self.dispatcher = Dispatcher(
+            launch, self.agenda, self.optuna, curves=curves, on_finished=self.finished.append
+        )
+        self.searcher = StudySearcher(self.dispatcher, self.optuna)
         self.count = 0
 
     def start(self) -> tuple[str, Assignment] | None:

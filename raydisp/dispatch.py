@@ -1,0 +1,172 @@
+"""Which trial comes next, and what becomes of one that has ended: for trials on Ray and simulated ones."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from raydisp import results, space
+from raydisp.agenda import BASELINE, Agenda, Row
+from raydisp.budget import Budget
+from raydisp.cluster import Plan
+from raydisp.config import StudyConfig
+from raydisp.curves import Point
+from raydisp.optuna_study import OptunaStudy
+from raydisp.stopping import full_tokens
+from raydisp.worker import Assignment
+
+BASELINE_VALUES: space.Values = {"dispersion.weight": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What all trials of one run of the command share."""
+
+    study: StudyConfig
+    study_dir: str
+    cache_dir: str
+    working_dir: str
+    prepared: str
+    model_revision: str | None
+    code_version: str
+    packages: dict[str, str]
+    plan: Plan
+    stop_rule: dict[str, str] | None = None
+    """Name and namespace of the actor that stops trials; None: nobody does."""
+    data_sha256: str | None = None
+    """Of the study's data."""
+    lease: str | None = None
+    """Of the results folder; a trial that finds another one there stops."""
+
+    def assign(self, trial: int, attempt: int, arm: str, values: Mapping[str, Any]) -> Assignment:
+        """The assignment of one attempt."""
+        return Assignment(
+            study=self.study.model_dump(mode="json"),
+            study_dir=self.study_dir,
+            cache_dir=self.cache_dir,
+            working_dir=self.working_dir,
+            trial=trial,
+            attempt=attempt,
+            phase="search",
+            arm=arm,
+            values=dict(values),
+            gpus_per_worker=self.plan.gpus_per_worker,
+            prepared=self.prepared,
+            model_revision=self.model_revision,
+            code_version=self.code_version,
+            packages=self.packages,
+            stop_rule=self.stop_rule if arm != "baseline" else None,
+            data_sha256=self.data_sha256,
+            lease=self.lease,
+        )
+
+
+class Dispatcher:
+    """Hands out assignments: the baseline, trials that were interrupted, then what the sampler suggests."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        agenda: Agenda,
+        optuna_study: OptunaStudy,
+        *,
+        curves: Mapping[int, Sequence[Point]] | None = None,
+        on_finished: Callable[[Row], None] | None = None,
+        now: Callable[[], datetime.datetime] = results.now,
+    ) -> None:
+        """Tell the sampler and the budget what earlier runs have done.
+
+        Args:
+            curves: trial -> its evaluations so far.
+            on_finished: called with the row of each trial that ends for good.
+            now: the time, which a simulation makes up.
+        """
+        self._launch = launch
+        self._optuna = optuna_study
+        self._on_finished = on_finished or (lambda row: None)
+        self._now = now
+        self._full_tokens = full_tokens(launch.study)
+        self.running: dict[int, Assignment] = {}
+        self.over: str | None = None
+        """Why no further trial starts, where that is not the number of trials."""
+        self._again: collections.deque[Assignment] = collections.deque()
+        self._budget = Budget(launch.study)
+        self._rebuild(agenda, curves or {})
+        self._opened = self._open(agenda)
+        self._new = collections.deque(agenda.new)
+
+    def _rebuild(self, agenda: Agenda, curves: Mapping[int, Sequence[Point]]) -> None:
+        open_trials = {row["trial"] for row in agenda.resumed}
+        for row in sorted([*agenda.finished, *agenda.resumed], key=lambda row: row["trial"]):
+            if row["trial"] == BASELINE:
+                continue
+            if row["trial"] not in open_trials:
+                self._optuna.add_finished(row, curves.get(row["trial"], ()))
+            else:
+                self._optuna.resume(row["trial"], self._optuna.searched_values(row))
+                for num_tokens, metrics in curves.get(row["trial"], ()):
+                    self._optuna.report(row["trial"], num_tokens, metrics)
+        earliest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        for row in sorted(agenda.finished, key=lambda row: row["ended_at"] or earliest):
+            self._budget.add(row, num_tokens=_last_tokens(curves.get(row["trial"], ())))
+        for row in [*agenda.earlier_attempts, *agenda.resumed]:
+            self._budget.add_time(row)
+
+    def _open(self, agenda: Agenda) -> Iterator[Assignment]:
+        if agenda.needs_baseline:
+            yield self._launch.assign(BASELINE, 1, "baseline", BASELINE_VALUES)
+        for row in agenda.resumed:
+            baseline = row["trial"] == BASELINE
+            values = BASELINE_VALUES if baseline else self._optuna.searched_values(row)
+            yield self._launch.assign(row["trial"], row["attempt"] + 1, row["arm"], values)
+
+    def next(self) -> Assignment | None:
+        """The next assignment; None: none now, and none at all once nothing is running."""
+        assignment = self._again.popleft() if self._again else None
+        if assignment is None and self._budget.failure() is None:
+            assignment = next(self._opened, None) or self._suggest()
+        elif assignment is None and not self.running:
+            self.over = self._budget.failure()
+        if assignment is not None:
+            self._budget.begin(self._now())
+            self.running[assignment.trial] = assignment
+        return assignment
+
+    def _suggest(self) -> Assignment | None:
+        if not self._new:
+            return None
+        reason = self._budget.over(len(self.running), self._now())
+        if reason is not None:
+            # Trials that run may still leave something: one that is stopped early uses less than it might.
+            self.over = None if self.running else reason
+            return None
+        trial = self._new.popleft()
+        return self._launch.assign(trial, 1, "search", self._optuna.suggest(trial))
+
+    def reported(self, trial: int, metrics: Mapping[str, Any]) -> None:
+        """A trial that runs has evaluated; its curve is what lies between its first step and its end."""
+        if 0 < metrics["num_tokens"] < self._full_tokens:
+            self._optuna.report(trial, metrics["num_tokens"], metrics)
+
+    def put_back(self, assignment: Assignment, attempt: int) -> None:
+        """A trial goes on with another attempt."""
+        self.running.pop(assignment.trial, None)
+        self._again.append(dataclasses.replace(assignment, attempt=attempt))
+
+    def leave(self, trial: int) -> None:
+        """A trial goes on with the next run of the command."""
+        self.running.pop(trial, None)
+
+    def close(self, row: Row, curve: Sequence[Point] = ()) -> None:
+        """A trial has ended for good."""
+        self.running.pop(row["trial"], None)
+        self._budget.add(row, num_tokens=_last_tokens(curve))
+        self._optuna.finish(row, curve)
+        self._on_finished(row)
+
+
+def _last_tokens(curve: Sequence[Point]) -> int | None:
+    return curve[-1][0] if curve else None

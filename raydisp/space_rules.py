@@ -1,0 +1,219 @@
+"""What the search section of a study file may say beyond the types of its fields.
+
+Each rule looks at one part of a study and returns the place in the file and a sentence, or None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from raydisp.config import StudyConfig, TrialConfig, with_fields
+from raydisp.errors import suggest
+from raydisp.search_config import Range, choices_of, condition
+from raydisp.space import (
+    NOT_SEARCHED,
+    KeyPath,
+    contains,
+    describe,
+    grid_size,
+    is_one_of,
+    label,
+    number_type,
+    searchable_fields,
+    values_of,
+)
+
+Explain = Callable[[ValidationError, Any], str]
+Problem = tuple[KeyPath, str]
+
+
+def find_problem(study: StudyConfig, explain: Explain) -> Problem | None:
+    """The first mistake in the search section, as the place in the file and a sentence; None: there is none.
+
+    Args:
+        explain: makes a sentence of a validation error and the tree of values that it is about.
+    """
+    for name, dimension in study.search.space.items():
+        problem = _problem_of_dimension(study, name, dimension, explain) or _problem_of_condition(study, name)
+        if problem:
+            return problem
+    return _problem_of_sampler(study) or _problem_of_points(study) or _problem_of_scheduler(study)
+
+
+def _problem_of_dimension(study: StudyConfig, name: str, dimension: Any, explain: Explain) -> Problem | None:
+    fields = searchable_fields(study)
+    place: KeyPath = ("search", "space", name)
+    shown = f'search.space["{name}"]'
+    if name not in fields:
+        fixed = next((part for part in NOT_SEARCHED if f"{name}.".startswith(f"{part}.")), None)
+        if fixed:
+            reason = f"{fixed} is the same in all trials of a study, so that they compare"
+        else:
+            reason = f"it names no field of a trial.{suggest(name, fields)}"
+        return place, f"{shown} cannot be searched: {reason}"
+    if isinstance(dimension, Range):
+        kind = number_type(fields[name])
+        if kind is None:
+            return place, f"{shown} is a range, but {name} is not a number; give a list of its values"
+        for part in ("low", "high", "step"):
+            end = getattr(dimension, part)
+            if kind is int and isinstance(end, float) and not end.is_integer():
+                return (*place, part), f"{shown}.{part} = {end} is not a whole number, and {name} is one"
+    elif len({label(value) for value in values_of(dimension)}) < len(values_of(dimension)):
+        return place, f"{shown} names a value twice; keep one of each"
+    for key, value in _corners(dimension):
+        problem = _problem_with(study, name, value, explain)
+        if problem:
+            at = f"{shown}[{key}]" if isinstance(key, int) else f"{shown}.{key}"
+            return (*place, key), f"{at} = {json.dumps(value)} is not allowed: {problem}"
+    return None
+
+
+def _problem_of_condition(study: StudyConfig, name: str) -> Problem | None:
+    """A condition may look at dimensions that stand before its own, and at values that they can have."""
+    place: KeyPath = ("search", "space", name, "when")
+    shown = f'search.space["{name}"].when'
+    names = list(study.search.space)
+    before = names[: names.index(name)]
+    for parent, values in condition(study.search.space[name]).items():
+        if parent not in before:
+            known = f"; before it stand {', '.join(before)}" if before else "; it is the first"
+            where = "stands after it: move it up" if parent in names else "is not searched"
+            return place, f'{shown} looks at "{parent}", which {where}{known}.{suggest(parent, before)}'
+        choices = choices_of(study.search.space[parent])
+        if choices is None:
+            return place, f'{shown} looks at "{parent}", which is a range; a condition needs a list of values'
+        allowed = {label(choice) for choice in choices}
+        for value in values:
+            if label(value) not in allowed:
+                told = ", ".join(map(str, choices))
+                return place, f'{shown}["{parent}"] = {json.dumps(value)} is not one of its values ({told})'
+    return None
+
+
+def _problem_of_sampler(study: StudyConfig) -> Problem | None:
+    search, place = study.search, ("search", "sampler")
+    ranges = {name: dim for name, dim in search.space.items() if isinstance(dim, Range)}
+    if search.sampler == "cma-es":
+        if len(search.space) < 2:
+            return place, "search.sampler = cma-es needs at least two searched fields; use tpe, random or qmc"
+        for name, dimension in search.space.items():
+            if name not in ranges or condition(dimension):
+                why = "has a condition" if name in ranges else "is a list of values"
+                return place, (
+                    f"search.sampler = cma-es needs a space of ranges, and {name} {why}; use tpe, random or "
+                    "qmc"
+                )
+    if search.sampler != "grid":
+        return None
+    fields = searchable_fields(study)
+    for name, dimension in ranges.items():
+        whole = number_type(fields[name]) is int and not dimension.log
+        if dimension.step is None and not whole:
+            return place, (
+                f"search.sampler = grid needs values one by one, and {name} is a range without steps; give "
+                "it a step, or a list of values"
+            )
+    size = grid_size(study)
+    if search.num_trials > size:
+        return ("search", "num_trials"), (
+            f"search.num_trials = {search.num_trials} is more than the {size} combinations of the grid; "
+            "lower it, or widen search.space"
+        )
+    return None
+
+
+def _problem_of_points(study: StudyConfig) -> Problem | None:
+    search = study.search
+    if search.points_to_evaluate and search.sampler == "grid":
+        return ("search", "points_to_evaluate"), (
+            "search.points_to_evaluate is given with sampler = grid, which visits every point anyway; leave "
+            "it out"
+        )
+    for index, point in enumerate(search.points_to_evaluate):
+        place: KeyPath = ("search", "points_to_evaluate", index)
+        shown = f"search.points_to_evaluate[{index}]"
+        for name, value in point.items():
+            if name not in search.space:
+                hint = suggest(name, search.space)
+                return place, f'{shown} names "{name}", which is not in search.space.{hint}'
+            if not contains(study, name, value):
+                return place, (
+                    f'{shown}["{name}"] = {json.dumps(value)} is outside search.space '
+                    f"({describe(search.space[name])})"
+                )
+            for parent, values in condition(search.space[name]).items():
+                if parent in point and not is_one_of(point[parent], values):
+                    return place, (
+                        f'{shown} gives "{name}", which is searched only where {parent} is '
+                        f"{' or '.join(map(str, values))}, and it is {point[parent]}; leave it out"
+                    )
+    return None
+
+
+def _problem_of_scheduler(study: StudyConfig) -> Problem | None:
+    """Trials compare at equal tokens: every trial must be evaluated at every rung."""
+    rule = study.search.stopping
+    if rule is None:
+        return None
+    place: KeyPath = ("search", "scheduler", study.search.scheduler_name)
+    shown = f"search.scheduler.{study.search.scheduler_name}"
+    every = study.evaluate.every_tokens
+    if every is None:
+        return place, (
+            f"{shown} decides at evaluations, and evaluate.every_tokens is null; give it, as a part of "
+            f"grace_tokens = {rule.grace_tokens}"
+        )
+    batches = [study.train.global_batch_tokens]
+    dimension = study.search.space.get("train.global_batch_tokens")
+    if isinstance(dimension, Range):
+        return ("search", "space", "train.global_batch_tokens"), (
+            f'search.space["train.global_batch_tokens"] is a range, and {shown} compares trials at equal '
+            "tokens, which they then do not reach; give a list of values that divide evaluate.every_tokens"
+        )
+    if dimension is not None:
+        batches = [int(value) for value in values_of(dimension)]
+        for batch in batches:
+            if every % batch:
+                return ("search", "space", "train.global_batch_tokens"), (
+                    f"{shown} compares trials at equal tokens, and evaluate.every_tokens = {every} is no "
+                    f"multiple of train.global_batch_tokens = {batch}; change one of them"
+                )
+    between = -(-every // batches[0]) * batches[0]
+    if rule.grace_tokens % between:
+        below = rule.grace_tokens // between * between
+        near = f"{below} or {below + between}" if below else f"{between}"
+        return (*place, "grace_tokens"), (
+            f"{shown}.grace_tokens = {rule.grace_tokens} is not a multiple of the {between} tokens between "
+            f"two evaluations; the nearest that is: {near}"
+        )
+    if rule.grace_tokens >= study.num_steps * study.train.global_batch_tokens:
+        return (*place, "grace_tokens"), (
+            f"{shown}.grace_tokens = {rule.grace_tokens} is not below train.budget_tokens = "
+            f"{study.train.budget_tokens}, so no trial would ever be stopped; lower it, or use scheduler: "
+            "none"
+        )
+    return None
+
+
+def _corners(dimension: Any) -> Iterator[tuple[str | int, Any]]:
+    """The values that are tried out against the rules: both ends of a range, every entry of a list."""
+    if isinstance(dimension, Range):
+        yield from (("low", dimension.low), ("high", dimension.high))
+    else:
+        yield from enumerate(values_of(dimension))
+
+
+def _problem_with(study: StudyConfig, name: str, value: Any, explain: Explain) -> str | None:
+    tree = with_fields(study.trial, {name: value})
+    try:
+        trial = TrialConfig.model_validate(tree)
+    except ValidationError as error:
+        return explain(error, tree)
+    if trial.sequences_per_step % study.resources.num_workers:
+        return f"resources.num_workers = {study.resources.num_workers} cannot share its batch evenly"
+    return None

@@ -1,0 +1,117 @@
+"""Trials of other studies that a sampler may know from the start."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from raydisp import results, space, storage
+from raydisp.config import EFFORT_FIELDS, StudyConfig
+from raydisp.errors import OutputError
+from raydisp.stopping import full_tokens
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Rows of one other study that compare with this one's, and why the rest was left out."""
+
+    origin: str
+    rows: list[dict[str, Any]]
+    left_out: Counter[str]
+
+    def describe(self) -> str:
+        """For example `12 trials of results/a (3 left out: outside the space)`."""
+        text = f"{len(self.rows)} trial{'' if len(self.rows) == 1 else 's'} of {self.origin}"
+        if self.left_out:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in self.left_out.most_common())
+            text += f" (left out: {reasons})"
+        return text
+
+
+def read_warm_starts(study: StudyConfig, data_sha256: str | None = None) -> list[WarmStart]:
+    """The trials of `search.warm_start` that a value of this study's objective can be compared with.
+
+    A sampler ranks all values that it knows, so that only completed trials count which differ from this
+    study's in searched fields and the seed alone: the same data, tokens and other settings.
+
+    Args:
+        data_sha256: of this study's data; None: not known yet, and any will do.
+    Raises:
+        OutputError: a folder is not there, or holds no results.
+    """
+    return [_read(study, origin, data_sha256) for origin in study.search.warm_start]
+
+
+def _read(study: StudyConfig, origin: str, data_sha256: str | None) -> WarmStart:
+    filesystem, path = storage.resolve(origin)
+    if filesystem.get_file_info(path).type != pafs.FileType.Directory:
+        raise OutputError(
+            f"search.warm_start names {origin}, which is no folder; name the results folder of a study, such "
+            "as results/weight_search"
+        )
+    trials = results.latest_attempts(results.read_table(origin, "trials")).to_pylist()
+    if not trials:
+        raise OutputError(f"search.warm_start names {origin}, which holds no trials; leave it out")
+    kept, left_out = [], Counter[str]()
+    for row in trials:
+        reason = _why_not(study, row, data_sha256)
+        if reason is None:
+            kept.append(row)
+        else:
+            left_out[reason] += 1
+    return WarmStart(origin, kept, left_out)
+
+
+def _why_not(study: StudyConfig, row: Row, data_sha256: str | None) -> str | None:
+    if row["arm"] == "baseline":
+        return "baseline"
+    if row["status"] != "completed":
+        return "not completed"
+    if any(
+        row.get(one.metric) is None or not math.isfinite(row[one.metric]) for one in study.search.objectives
+    ):
+        return "without the objective"
+    if row["num_tokens"] != full_tokens(study):
+        return "with other tokens"
+    if None not in (data_sha256, row["data_sha256"]) and row["data_sha256"] != data_sha256:
+        return "on other data"
+    config = json.loads(row["config_json"])
+    try:
+        values = space.searched_values(study, config)
+    except (KeyError, TypeError):
+        return "outside the space"
+    if not all(space.contains(study, name, value) for name, value in values.items()):
+        return "outside the space"
+    ours = study.trial.model_dump(mode="json")
+    apart = study.search.space
+    if comparable_fields(ours, apart) != comparable_fields(config, apart):
+        return "with other settings"
+    return None
+
+
+def comparable_fields(config: Mapping[str, Any], apart: Collection[str]) -> dict[str, Any]:
+    """What must be equal for the values of two trials to compare: dotted name -> value.
+
+    Args:
+        config: a whole trial, as `config_json` has it.
+        apart: fields that may differ.
+    """
+    flat: dict[str, Any] = {}
+    for part, fields in config.items():
+        if part in ("seed", "checkpoint", "evaluate") or not isinstance(fields, dict):
+            continue
+        for name, value in fields.items():
+            dotted = f"{part}.{name}"
+            if dotted not in apart and not (part == "train" and name in EFFORT_FIELDS):
+                flat[dotted] = value
+    # The budget is compared in the tokens that were really seen.
+    flat.pop("train.budget_tokens", None)
+    return flat
