@@ -243,7 +243,7 @@ class DispersionConfig(Section):
     margin: Annotated[float, Field(gt=0.0, le=1.0, description="of orthogonalization")] = 0.5
     max_tokens: Annotated[
         Annotated[Int, Field(ge=2)] | None,
-        Field(description="tokens per sequence drawn for the loss at every call; null: all"),
+        Field(description="tokens of each sequence that the loss sees, others at every step; null: all"),
     ] = None
 
     @field_validator("layers", mode="before")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from raydisp import condensation
@@ -219,6 +222,25 @@ def test_trend_is_none_where_it_is_undefined() -> None:
         assert depth_trend(means) == (None, None)
     assert depth_trend([0.3, 0.2, 0.1]) == pytest.approx((-1, -1))
     assert depth_trend(torch.tensor([0.1, 0.1, 0.2])).kendall == pytest.approx(2 / math.sqrt(6))  # tau-b
+
+
+@pytest.mark.parametrize("digits", [1, 12])
+def test_the_trend_is_scipys(digits: int) -> None:
+    """Rounded to one digit, most means have equals."""
+    source = np.random.RandomState(0)
+    for length in [*range(2, 14), 81]:
+        means = np.round(source.uniform(size=length), digits).tolist()
+        if min(means) == max(means):
+            continue
+        index = range(length)
+        expected = (stats.spearmanr(index, means).statistic, stats.kendalltau(index, means).statistic)
+        assert depth_trend(means) == pytest.approx(expected, rel=1e-12, abs=1e-12)  # sums near 0
+
+
+def test_measuring_does_not_load_scipys_statistics() -> None:
+    """They take as long to import as several evaluations."""
+    code = "import sys, raydisp.train; sys.exit('scipy.stats' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 5.0), (2, 4.5), (5, 3.0), ("half", 4.0)])
