@@ -335,8 +335,8 @@ def _front_sentence(trials: pa.Table, objectives: Sequence[Objective], baseline:
             told = ", ".join(map(str, better[:MAX_FRONT_SHOWN]))
             told += f" and {len(better) - MAX_FRONT_SHOWN} more" if len(better) > MAX_FRONT_SHOWN else ""
             against = (
-                f"trial{'s' if plural else ''} {told} {'are' if plural else 'is'} better than the baseline in "
-                "one of them and no worse in the others"
+                f"trial{'s' if plural else ''} {told} {'are' if plural else 'is'} better than the baseline "
+                "in one of them and no worse in the others"
             )
     return f"Pareto front over {wanted}: {shown}{more}; {against}."
 
