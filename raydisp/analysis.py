@@ -141,14 +141,16 @@ def pareto_front(trials: pa.Table, *objectives: Objective) -> pa.Table:
     most = max((row["num_tokens"] for row in rows), default=0)
     rows = [row for row in rows if row["num_tokens"] == most]
     signs = np.array([1.0 if one.mode == "min" else -1.0 for one in objectives])
-    points = np.array([[row[one.metric] for one in objectives] for row in rows], dtype=float) * signs
-    kept = [
-        row
-        for row, point in zip(rows, points, strict=True)
-        if not np.any(np.all(points <= point, axis=1) & np.any(points < point, axis=1))
-    ]
-    first = objectives[0]
-    kept.sort(key=lambda row: row[first.metric] * signs[0])
+    values = [[row[one.metric] for one in objectives] for row in rows]
+    points = np.array(values, dtype=float).reshape(len(rows), len(objectives)) * signs
+    kept: list[Row] = []
+    front = np.empty_like(points)
+    # In this order a point can be bettered by those before it alone.
+    for index in np.lexsort(points.T[::-1]):
+        point, before = points[index], front[: len(kept)]
+        if not np.any(np.all(before <= point, axis=1) & np.any(before < point, axis=1)):
+            front[len(kept)] = point
+            kept.append(rows[index])
     columns = ("study", "phase", "trial", "attempt", "num_tokens")
     schema = pa.schema(
         [
