@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import math
 import re
 import sys
@@ -31,6 +32,8 @@ import pyarrow.parquet as pq
 
 from raydisp import parts, storage
 from raydisp.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = parts.SCHEMA_VERSION
 STATUSES = ("completed", "pruned", "failed", "diverged", "interrupted")
@@ -360,7 +363,7 @@ def read_table(study_dir: str, name: str, *, trial: int | None = None) -> pa.Tab
     """
     folder = storage.join(study_dir, name)
     for tries in range(MAX_READS):
-        table = _read_at_once(folder, name, trial)
+        table = _read_at_once(folder, name, trial, last=tries == MAX_READS - 1)
         if table is not None:
             keys = [key for key in ("trial", "attempt", "step", "layer") if key in table.column_names]
             return _sorted(table, keys)
@@ -368,14 +371,24 @@ def read_table(study_dir: str, name: str, *, trial: int | None = None) -> pa.Tab
     raise _changes_too_fast(folder)
 
 
-def _read_at_once(folder: str, name: str, trial: int | None) -> pa.Table | None:
-    """The rows of a table; None if its files were replaced while they were read."""
+def _read_at_once(folder: str, name: str, trial: int | None, *, last: bool) -> pa.Table | None:
+    """The rows of a table; None if its files were replaced while they were read.
+
+    Args:
+        last: do without files that are listed and not there: links to nowhere.
+    """
     base = base_schema(name)
     journal = parts.read_journal(folder)
     files = parts.current_files(folder, journal, below="" if trial is None else trial_name(trial))
 
     def read(file: str) -> pa.Table | None:
-        return parts.read_part(storage.join(folder, file), base, trial=trial)
+        try:
+            return parts.read_part(storage.join(folder, file), base, trial=trial)
+        except FileNotFoundError:
+            if not last:
+                raise
+            logger.warning("%s is left out: it is not there", storage.join(folder, file))
+            return None
 
     try:
         tables = parts.in_parallel(read, files)
