@@ -183,7 +183,7 @@ def test_every_kind_of_foreign_file_is_named_and_none_is_fatal(
     (folder / "gone.parquet").symlink_to(tmp_path / "nowhere")
     assert results.read_table(str(tmp_path), "trials")["val_loss"].to_pylist() == [1.0]
     told = {
-        record.getMessage().split("/")[-1].split(" is left out: ")[0]: record.getMessage()
+        record.getMessage().split(" is left out: ")[0].split("/")[-1]: record.getMessage()
         for record in caplog.records
         if "is left out" in record.getMessage()
     }
