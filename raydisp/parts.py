@@ -176,8 +176,9 @@ def read_part(location: str, base: pa.Schema, *, trial: int | None = None) -> pa
         told = " ".join(str(error).split())[:200]
         leave_out(location, f"it is not a whole Parquet file ({told})")
         return None
+    names = set(table.column_names)
     for field in base:  # written before there was this column
-        if field.name not in table.column_names:
+        if field.name not in names:
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     return table.replace_schema_metadata(None)
 
@@ -202,23 +203,24 @@ def _foreign(schema: pa.Schema, base: pa.Schema) -> str:
                 f"a newer raydisp wrote it (schema_version {int(told)}, this one knows {SCHEMA_VERSION}); "
                 "update raydisp to read it"
             )
-    missing = [field.name for field in base if field.name not in schema.names]
+    kinds: dict[str, pa.DataType] = {}
+    for field in schema:
+        if field.name in kinds:
+            return f"it has several columns {field.name}"
+        kinds[field.name] = field.type
+    missing = [field.name for field in base if field.name not in kinds]
     if missing and (told is None or {"trial", "attempt"} & set(missing)):
         return f"it has no column {', '.join(missing)}"
     for field in base:
-        if schema.get_field_index(field.name) < 0:
-            if schema.names.count(field.name) > 1:
-                return f"it has several columns {field.name}"
-            continue
-        found = schema.field(field.name).type
-        # How a list calls its items is no difference.
-        if found != field.type and not (
-            pa.types.is_list(found)
-            and pa.types.is_list(field.type)
-            and found.value_type == field.type.value_type
-        ):
+        found = kinds.get(field.name, field.type)
+        if found != field.type and not _same_list(found, field.type):
             return f"its column {field.name} is {found}, not {field.type}"
     return ""
+
+
+def _same_list(found: pa.DataType, kind: pa.DataType) -> bool:
+    """How a list calls its items is no difference."""
+    return bool(pa.types.is_list(found) and pa.types.is_list(kind) and found.value_type == kind.value_type)
 
 
 def _row_groups_of(file: pq.ParquetFile, trial: int) -> list[int]:

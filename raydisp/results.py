@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import logging
 import math
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +32,6 @@ import pyarrow.parquet as pq
 
 from raydisp import parts, storage
 from raydisp.errors import OutputError
-
-logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = parts.SCHEMA_VERSION
 STATUSES = ("completed", "pruned", "failed", "diverged", "interrupted")
@@ -137,6 +135,8 @@ ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEM
 
 MAX_READS = 50
 """Times that a table is read anew because its files changed meanwhile."""
+MAX_MISSES = 3
+"""Times that a file is listed and then not there, until it is taken for a link to nowhere."""
 
 
 def trial_schema(searched: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -170,8 +170,15 @@ def encode_table(table: pa.Table, *, row_group_size: int | None = None) -> bytes
     """A table as a Parquet file, with this version of the schema in its metadata."""
     metadata = {**(table.schema.metadata or {}), parts.VERSION_KEY: str(SCHEMA_VERSION).encode()}
     sink = pa.BufferOutputStream()
+    # Dictionaries and statistics of a single row only make it larger, and slower to write.
+    has_many = table.num_rows > 1
     pq.write_table(
-        table.replace_schema_metadata(metadata), sink, compression="zstd", row_group_size=row_group_size
+        table.replace_schema_metadata(metadata),
+        sink,
+        compression="zstd",
+        row_group_size=row_group_size,
+        use_dictionary=has_many,
+        write_statistics=has_many,
     )
     content: bytes = sink.getvalue().to_pybytes()
     return content
@@ -362,20 +369,21 @@ def read_table(study_dir: str, name: str, *, trial: int | None = None) -> pa.Tab
         trial: read the rows of this one alone (not of `trials`).
     """
     folder = storage.join(study_dir, name)
+    misses: Counter[str] = Counter()
     for tries in range(MAX_READS):
-        table = _read_at_once(folder, name, trial, last=tries == MAX_READS - 1)
+        table = _read_at_once(folder, name, trial, misses)
         if table is not None:
             keys = [key for key in ("trial", "attempt", "step", "layer") if key in table.column_names]
             return _sorted(table, keys)
-        time.sleep(0.005 * tries)
+        time.sleep(0.005 * (tries + 1))
     raise _changes_too_fast(folder)
 
 
-def _read_at_once(folder: str, name: str, trial: int | None, *, last: bool) -> pa.Table | None:
+def _read_at_once(folder: str, name: str, trial: int | None, misses: Counter[str]) -> pa.Table | None:
     """The rows of a table; None if its files were replaced while they were read.
 
     Args:
-        last: do without files that are listed and not there: links to nowhere.
+        misses: counts, over the tries, the files that were listed and then not there.
     """
     base = base_schema(name)
     journal = parts.read_journal(folder)
@@ -385,9 +393,10 @@ def _read_at_once(folder: str, name: str, trial: int | None, *, last: bool) -> p
         try:
             return parts.read_part(storage.join(folder, file), base, trial=trial)
         except FileNotFoundError:
-            if not last:
+            misses[file] += 1
+            if misses[file] < MAX_MISSES:
                 raise
-            logger.warning("%s is left out: it is not there", storage.join(folder, file))
+            parts.leave_out(storage.join(folder, file), "it is listed, but not there")
             return None
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from raydisp.errors import RaydispError, suggest
@@ -13,12 +13,12 @@ Row = Mapping[str, Any]
 
 LEADING = ("trial", "arm", "status", "attempt")
 TRAILING = (
-    "num_tokens",
-    "train_loss",
     "val_loss",
+    "num_tokens",
     "val_bits_per_byte",
     "layer_cosine_mean",
     "spearman",
+    "train_loss",
     "train_s",
 )
 
@@ -67,7 +67,7 @@ _ORIGIN = (
 _NOT_COMPARED = {"trial", "config_json", "study_json", "packages_json", "config_sha256", "traceback"}
 """What two trials never share, or what is told item by item."""
 
-MIN_COLUMN_WIDTH = 8
+MIN_TEXT_WIDTH, MIN_NUMBER_WIDTH = 8, 5
 GAP = "  "
 
 
@@ -121,21 +121,22 @@ def _sort_key(value: Any) -> tuple[int, Any]:
     return (1, value.timestamp()) if isinstance(value, datetime.datetime) else (2, format_cell("", value))
 
 
-def format_table(rows: Sequence[Row], columns: Sequence[str], *, width: int | None = None) -> str:
+def format_table(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    *,
+    width: int | None = None,
+    to_the_right: Collection[str] = (),
+) -> str:
     """Rows as aligned text, numbers to the right.
 
     Args:
+        to_the_right: columns of text that are aligned as numbers are.
         width: of the terminal; None: as wide as it gets. What does not fit is shortened, then left out from
             the right, and the last line says so.
     """
     cells = [[format_cell(name, row.get(name)) for name in columns] for row in rows]
-    numeric = [
-        all(
-            isinstance(row.get(name), int | float | None) and not isinstance(row.get(name), bool)
-            for row in rows
-        )
-        for name in columns
-    ]
+    numeric = [name in to_the_right or all(_is_number(row.get(name)) for row in rows) for name in columns]
     widths = [
         max(len(name), *(len(line[place]) for line in cells)) if cells else len(name)
         for place, name in enumerate(columns)
@@ -144,11 +145,11 @@ def format_table(rows: Sequence[Row], columns: Sequence[str], *, width: int | No
     shown = len(columns)
     if width is not None:
         # Text and long headings give way first, but a number is never cut.
+        longest = [max((len(line[place]) for line in cells), default=0) for place in range(len(columns))]
         floors = [
-            max((len(line[place]) for line in cells), default=0) if numeric[place] else MIN_COLUMN_WIDTH
-            for place in range(len(columns))
+            min(wide, max(most, MIN_NUMBER_WIDTH) if number else MIN_TEXT_WIDTH)
+            for wide, most, number in zip(widths, longest, numeric, strict=True)
         ]
-        floors = [min(widths[place], max(floor, MIN_COLUMN_WIDTH)) for place, floor in enumerate(floors)]
         while shown > 1 and _total(floors[:shown]) > width:
             shown -= 1
         while _total(widths[:shown]) > width:
@@ -171,6 +172,10 @@ def format_table(rows: Sequence[Row], columns: Sequence[str], *, width: int | No
     return "\n".join(lines)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | None) and not isinstance(value, bool)
+
+
 def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(GAP) * max(0, len(widths) - 1)
 
@@ -189,15 +194,11 @@ def format_cell(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
+        if name not in METRICS:
+            return f"{value:.6g}"
         if name.endswith("_s"):
             return f"{value:.1f}"
-        return (
-            f"{value:.0f}"
-            if 1e5 <= abs(value) < 1e15
-            else f"{value:.4g}"
-            if abs(value) < 1
-            else f"{value:.4f}"
-        )
+        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
     if isinstance(value, datetime.datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     return " ".join(str(value).split())
@@ -289,7 +290,8 @@ def _block(
             row["difference"] = f"+{text}" if change is not None and change > 0 else text
         rows.append(row)
     columns = [*leading, *names, *(["difference"] if signed else [])]
-    return format_table(rows, columns, width=width)
+    right = {*names, "difference"} if signed else ()
+    return format_table(rows, columns, width=width, to_the_right=right)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
