@@ -383,7 +383,8 @@ def train_share(
         revision=revision,
     )
     identity = f"{trial.sha256} on data {meta['data_sha256']} from model {revision}"
-    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout)
+    timeout_s = study.failures.collective_timeout_s
+    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout, timeout_s=timeout_s)
     resume_from = checkpoints.find()
     resumed_step = resume_from.step if resume_from else 0
     rows = None
