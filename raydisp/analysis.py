@@ -141,14 +141,16 @@ def pareto_front(trials: pa.Table, *objectives: Objective) -> pa.Table:
     most = max((row["num_tokens"] for row in rows), default=0)
     rows = [row for row in rows if row["num_tokens"] == most]
     signs = np.array([1.0 if one.mode == "min" else -1.0 for one in objectives])
-    points = np.array([[row[one.metric] for one in objectives] for row in rows], dtype=float) * signs
-    kept = [
-        row
-        for row, point in zip(rows, points, strict=True)
-        if not np.any(np.all(points <= point, axis=1) & np.any(points < point, axis=1))
-    ]
-    first = objectives[0]
-    kept.sort(key=lambda row: row[first.metric] * signs[0])
+    values = [[row[one.metric] for one in objectives] for row in rows]
+    points = np.array(values, dtype=float).reshape(len(rows), len(objectives)) * signs
+    kept: list[Row] = []
+    front = np.empty_like(points)
+    # In this order a point can be bettered by those before it alone.
+    for index in np.lexsort(points.T[::-1]):
+        point, before = points[index], front[: len(kept)]
+        if not np.any(np.all(before <= point, axis=1) & np.any(before < point, axis=1)):
+            front[len(kept)] = point
+            kept.append(rows[index])
     columns = ("study", "phase", "trial", "attempt", "num_tokens")
     schema = pa.schema(
         [
@@ -329,12 +331,15 @@ def _front_sentence(trials: pa.Table, objectives: Sequence[Objective], baseline:
         against = "the baseline has no values to compare"
     else:
         better = [row["trial"] for row in front if _dominates(row, baseline, objectives)]
-        against = (
-            f"trial{'s' if len(better) > 1 else ''} {', '.join(map(str, better))} better the baseline in all "
-            "of them"
-            if better
-            else "none betters the baseline in all of them"
-        )
+        against = "none is better than the baseline without being worse in another of them"
+        if better:
+            plural = len(better) > 1
+            told = ", ".join(map(str, better[:MAX_FRONT_SHOWN]))
+            told += f" and {len(better) - MAX_FRONT_SHOWN} more" if len(better) > MAX_FRONT_SHOWN else ""
+            against = (
+                f"trial{'s' if plural else ''} {told} {'are' if plural else 'is'} better than the baseline "
+                "in one of them and no worse in the others"
+            )
     return f"Pareto front over {wanted}: {shown}{more}; {against}."
 
 

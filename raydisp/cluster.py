@@ -143,7 +143,7 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
     # Ray reads these when it is imported or started; what the user has set stays.
     if not joining:  # nobody takes this machine away, and it is one process per trial
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Processes that Ray starts ahead are not ready when the first trials come, which then get others: twice
+        # What Ray starts ahead is not ready when the first trials come, which then get other processes: twice
         # the imports at the same time.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

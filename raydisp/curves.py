@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,5 +48,9 @@ def read_curves(evals: pa.Table, *, before_tokens: int) -> dict[int, list[Point]
 
 
 def of_metric(curve: Iterable[Point], metric: str) -> list[tuple[int, float]]:
-    """(tokens, value) where the metric was measured."""
-    return [(tokens, values[metric]) for tokens, values in curve if metric in values]
+    """(tokens, value) where the metric was measured, and is a finite number."""
+    return [
+        (tokens, values[metric])
+        for tokens, values in curve
+        if metric in values and math.isfinite(values[metric])
+    ]

@@ -95,7 +95,7 @@ class Dispatcher:
         self._again: collections.deque[Assignment] = collections.deque()
         self._budget = Budget(launch.study)
         self._rebuild(agenda, curves or {})
-        self._opened = self._open(agenda)
+        self._opened = collections.deque(self._open(agenda))
         self._new = collections.deque(agenda.new)
 
     def _rebuild(self, agenda: Agenda, curves: Mapping[int, Sequence[Point]]) -> None:
@@ -126,10 +126,12 @@ class Dispatcher:
     def next(self) -> Assignment | None:
         """The next assignment; None: none now, and none at all once nothing is running."""
         assignment = self._again.popleft() if self._again else None
-        if assignment is None and self._budget.failure() is None:
-            assignment = next(self._opened, None) or self._suggest()
-        elif assignment is None and not self.running:
-            self.over = self._budget.failure()
+        if assignment is None and (self._opened or self._new):
+            failure = self._budget.failure()
+            if failure is None:
+                assignment = self._opened.popleft() if self._opened else self._suggest()
+            elif not self.running:
+                self.over = failure
         if assignment is not None:
             self._budget.begin(self._now())
             self.running[assignment.trial] = assignment

@@ -7,11 +7,11 @@ the holder writes it anew every HEARTBEAT_S. Whoever comes next is refused, exce
 - a holder elsewhere is followed when its last sign of life is older than EXPIRY_S. The clocks of two hosts
   differ, so both times are those of the file system: the lease's, and that of a file written just now.
 
-On local disks and NFS a lock is held while the lease is read and written, so that two commands cannot both get
-it. Object stores have no such lock: there the lease is written, and read again SETTLE_S later; of two commands
-that come at the same moment the last writer wins, and one that stalls for longer than that in between may not
-notice. A holder that was followed learns it from its next heartbeat (`Lease.lost`), and its other processes
-from `still_held`.
+On local disks and NFS a lock is held while the lease is read and written, so that two commands cannot both
+get it. Object stores have no such lock: there the lease is written, and read again SETTLE_S later; of two
+commands that come at the same moment the last writer wins, and one that stalls for longer than that in
+between notices only with its first heartbeat. A holder that was followed learns it from its next heartbeat
+(`Lease.lost`), and its other processes from `still_held`.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def _refuse_if_alive(study_dir: str, holder: dict[str, Any]) -> None:
             f"{expires:%H:%M:%S} UTC"
         )
     raise OutputError(
-        f"{study_dir} is in use by another raydisp: {_name(holder)}, since {holder.get('since')}, last sign of "
-        f"life {max(0.0, age):.0f} s ago; {remedy}"
+        f"{study_dir} is in use by another raydisp: {_name(holder)}, since {holder.get('since')}, last sign "
+        f"of life {max(0.0, age):.0f} s ago; {remedy}"
     )
 
 
@@ -172,7 +172,7 @@ def _release(lease: Lease) -> None:
 
 @contextlib.contextmanager
 def _locked(study_dir: str) -> Iterator[None]:
-    """Alone while the lease is read and written; object stores have no lock, and some file systems neither."""
+    """Alone while the lease is read and written; object stores and some file systems have no lock."""
     if not _is_local(study_dir):
         yield
         return
@@ -193,8 +193,8 @@ def _locked(study_dir: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise OutputError(
-                        f"{study_dir}: another command has kept {LOCK_NAME} locked for {LOCK_TIMEOUT_S:.0f} s; "
-                        "stop it, or try again"
+                        f"{study_dir}: another command has kept {LOCK_NAME} locked for "
+                        f"{LOCK_TIMEOUT_S:.0f} s; stop it, or try again"
                     ) from None
                 time.sleep(0.02)
             except OSError as error:

@@ -27,7 +27,7 @@ from raydisp import space, storage
 from raydisp.config import StudyConfig
 from raydisp.curves import Point, of_metric
 from raydisp.errors import OutputError
-from raydisp.samplers import fixed_point, make_sampler
+from raydisp.samplers import fixed_point, make_sampler, shuffled_grid
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class OptunaStudy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names([one.metric for one in self._objectives])
+        self._grid = shuffled_grid(study) if study.search.sampler == "grid" else None
         self._live: dict[int, optuna.Trial] = {}
         self._reported: dict[int, set[int]] = {}
         self._copied_at = -math.inf
@@ -99,6 +100,8 @@ class OptunaStudy:
     def suggest(self, trial: int) -> space.Values:
         """Values for a new trial."""
         self._study.sampler = make_sampler(self._config, self._distributions, trial)
+        if self._grid is not None:
+            return self._ask(trial, self._grid[trial - 1])
         return self._ask(trial, fixed_point(self._config, trial))
 
     def resume(self, trial: int, values: Mapping[str, Any]) -> None:
@@ -114,7 +117,9 @@ class OptunaStudy:
         values: space.Values = {}
         for name, distribution in self._distributions.items():
             if space.is_searched(self._config, name, values):
-                params[name] = _suggest(live, name, distribution)
+                suggested = _suggest(live, name, distribution)
+                # A settled value comes back as the file has it: 1, where the field is a float.
+                params[name] = distribution.to_external_repr(distribution.to_internal_repr(suggested))
                 values = space.from_optuna(self._config, params)
         return values
 
@@ -122,10 +127,11 @@ class OptunaStudy:
         """Take an intermediate value of a trial that runs; with several objectives Optuna has no place for
         them, and they come with the trial's end."""
         value = metrics.get(self._objectives[0].metric)
-        live, reported = self._live.get(trial), self._reported.setdefault(trial, set())
-        if len(self._objectives) > 1 or live is None or num_tokens in reported:
+        live = self._live.get(trial)
+        if len(self._objectives) > 1 or live is None:
             return
-        if value is not None and math.isfinite(value):
+        reported = self._reported.setdefault(trial, set())
+        if value is not None and math.isfinite(value) and num_tokens not in reported:
             live.report(value, num_tokens)
             reported.add(num_tokens)
 
@@ -212,7 +218,8 @@ class OptunaStudy:
         if state != TrialState.PRUNED or not curve or len(self._objectives) == 1:
             return {}
         metrics = curve[-1][1]
-        return {one.metric: metrics[one.metric] for one in self._objectives if one.metric in metrics}
+        found = {one.metric: metrics.get(one.metric) for one in self._objectives}
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _attributes(row: Row) -> dict[str, Any]:

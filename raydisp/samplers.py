@@ -54,15 +54,18 @@ def make_sampler(study: StudyConfig, distributions: Distributions, trial: int) -
 
 
 def fixed_point(study: StudyConfig, trial: int) -> space.Values:
-    """What is settled of a trial before any sampler is asked: a point of the file, or of the grid."""
+    """What is settled of a trial before any sampler is asked: a point of the file."""
     search = study.search
-    if search.sampler == "grid":
-        points = space.grid(study)
-        random.Random(derive_seed("grid", study.seed)).shuffle(points)  # noqa: S311 - an order, no secret
-        return points[trial - 1]
     if trial <= len(search.points_to_evaluate):
         return dict(search.points_to_evaluate[trial - 1])
     return {}
+
+
+def shuffled_grid(study: StudyConfig) -> list[space.Values]:
+    """All points of the grid: the one of trial 1, of trial 2, ..."""
+    points = space.grid(study)
+    random.Random(derive_seed("grid", study.seed)).shuffle(points)  # noqa: S311 - an order, no secret
+    return points
 
 
 class _OwnSampler(BaseSampler):

@@ -84,6 +84,10 @@ class Range(Section):
             raise ValueError(f"low = {self.low} is not below high = {self.high}")
         if self.log and self.low <= 0:
             raise ValueError(f"low = {self.low} has no logarithm; with log: true it must be above 0")
+        if self.step is not None and self.step > self.high - self.low:
+            raise ValueError(
+                f"step = {self.step} is more than from low = {self.low} to high = {self.high}; lower it"
+            )
         if self.log and self.step is not None:
             raise ValueError("log and step exclude each other; leave one out")
         return self
@@ -97,17 +101,18 @@ class Choices(Section):
 
 
 def _dimension_tag(value: Any) -> str:
+    # Tags stand in the places of mistakes: none may be called like a key.
     if isinstance(value, list):
-        return "list"
+        return "List"
     if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value):
-        return "choices"
-    return "range"
+        return "Choices"
+    return "Range"
 
 
 Dimension = Annotated[
-    Annotated[Range, Tag("range")]
-    | Annotated[Choices, Tag("choices")]
-    | Annotated[list[Choice], Field(min_length=1), Tag("list")],
+    Annotated[Range, Tag("Range")]
+    | Annotated[Choices, Tag("Choices")]
+    | Annotated[list[Choice], Field(min_length=1), Tag("List")],
     Discriminator(_dimension_tag),
 ]
 
@@ -127,6 +132,17 @@ class Objective(Section):
         if isinstance(value, dict) and "mode" not in value and value.get("metric") in LARGER_IS_BETTER:
             return {**value, "mode": "max"}
         return value
+
+
+def _objectives_tag(value: Any) -> str:
+    return "List" if isinstance(value, list | tuple) else "Objective"
+
+
+Objectives = Annotated[
+    Annotated[Objective, Tag("Objective")]
+    | Annotated[list[Objective], Field(min_length=1, max_length=4), Tag("List")],
+    Discriminator(_objectives_tag),
+]
 
 
 # --- schedulers --------------------------------------------------------------------------------------
@@ -225,7 +241,7 @@ class StopWhen(Section):
         Field(description="completed trials in a row that do not improve on the best before them"),
     ]
     min_improvement: Annotated[
-        float, Field(ge=0.0, description="in units of the metric; less than this is no improvement")
+        float, Field(ge=0.0, description="in units of the metric; this much or less is no improvement")
     ] = 0.0
     metric: Annotated[
         Metric | None, Field(description="null: the objective; to be named where there are several")
@@ -242,7 +258,7 @@ class SearchConfig(Section):
         Int, Field(ge=1, le=100_000, description="search trials; the baseline comes on top")
     ]
     objective: Annotated[
-        Objective | Annotated[list[Objective], Field(min_length=1, max_length=4)],
+        Objectives,
         Field(description="one, or a list of several: the search then looks for their Pareto front"),
     ] = Objective()
     space: dict[str, Dimension]

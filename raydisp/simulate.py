@@ -80,7 +80,8 @@ class Recorded:
         self.points = [
             {name: field_of(json.loads(row["config_json"]), name) for name in names} for row in rows
         ]
-        self._axes = {name: _Axis(study, name, [point[name] for point in self.points]) for name in names}
+        searched = [point for point, row in zip(self.points, rows, strict=True) if row["arm"] != "baseline"]
+        self._axes = {name: _Axis(study, name, [point[name] for point in searched]) for name in names}
         self._columns = {
             name: self._axes[name].places(point[name] for point in self.points) for name in names
         }
@@ -123,20 +124,21 @@ class Recorded:
             for column, values in self._finals.items()
             if np.isfinite(values[chosen]).all()
         }
-        curve = [
-            (
-                tokens,
-                {name: float(weights @ [self._curves[i][at][1][name] for i in chosen]) for name in metrics},
+        curve = []
+        for at, (tokens, metrics) in enumerate(self._curves[chosen[0]]):
+            points = [self._curves[index][at][1] for index in chosen]
+            # What one of them lacks, a correlation that was not defined there, the guess lacks.
+            known = [name for name in metrics if all(name in point for point in points)]
+            curve.append(
+                (tokens, {name: float(weights @ [point[name] for point in points]) for name in known})
             )
-            for at, (tokens, metrics) in enumerate(self._curves[chosen[0]])
-        ]
         return Guess(curve, finals, distance, self._rows[chosen[0]]["trial"])
 
     def _neighbours(self, config: Mapping[str, Any]) -> tuple[Any, Any, float]:
         square = np.where(self._baseline, np.inf, 0.0)
         for name in self._names:
             value = field_of(config, name)
-            if self._axes[name].is_number:
+            if self._axes[name].is_number and _is_number(value):
                 square += (self._columns[name] - self._axes[name].place(value)) ** 2
             else:
                 label = space.label(value)
@@ -149,21 +151,27 @@ class Recorded:
         return chosen, weights / weights.sum(), distance
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class _Axis:
     """Where a field's values lie: numbers on [0, 1] over what was recorded, on the axis of the search."""
 
     def __init__(self, study: StudyConfig, name: str, values: list[Any]) -> None:
         dimension = study.search.space.get(name)
-        self.is_number = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in values
-        )
+        self.is_number = all(_is_number(value) for value in values)
         self._log = isinstance(dimension, Range) and dimension.log and min(values) > 0
         if self.is_number:
+            self._least = min(values)
             ends = [self._scaled(end) for end in (min(values), max(values))]
             self._low, self._width = ends[0], max(ends[1] - ends[0], 1e-12)
 
     def _scaled(self, value: float) -> float:
-        return math.log(value) if self._log else float(value)
+        # A baseline's weight of 0 has no logarithm: it is as far as the axis goes.
+        if self._log:
+            return math.log(value if value > 0 else self._least)
+        return float(value)
 
     def place(self, value: float) -> float:
         return (self._scaled(value) - self._low) / self._width

@@ -6,6 +6,7 @@ it names; elsewhere the field has the study file's value, and its column in the 
 
 from __future__ import annotations
 
+import decimal
 import json
 import math
 import types
@@ -27,6 +28,10 @@ Values = dict[str, Any]
 
 NOT_SEARCHED = ("seed", "evaluate", "checkpoint", "train.budget_tokens")
 """What cannot vary within a search: comparisons would no longer be fair."""
+
+
+MAX_GRID = 100_000
+"""Combinations of a grid, which is held in memory as a whole."""
 
 
 def section_class(section: Any, key: str | int, node: Any) -> Any:
@@ -84,7 +89,7 @@ def values_of(dimension: Any) -> list[Any]:
 
 
 def is_one_of(value: Any, values: list[Any]) -> bool:
-    """Whether a value is among others, types apart: 1, 1.0, True and "1" differ."""
+    """Whether a value is among others, types apart: 1, True and "1" differ."""
     return label(value) in {label(other) for other in values}
 
 
@@ -153,14 +158,14 @@ def grid(study: StudyConfig) -> list[Values]:
 
 
 def grid_size(study: StudyConfig) -> int:
-    """Number of combinations."""
-    if not any(condition(dimension) for dimension in study.search.space.values()):
-        fields = searchable_fields(study)
-        return math.prod(
-            len(_steps(dimension, number_type(fields[name]) is int))
-            for name, dimension in study.search.space.items()
-        )
-    return len(grid(study))
+    """Number of combinations; where they are more than MAX_GRID, an upper bound."""
+    fields = searchable_fields(study)
+    most = math.prod(
+        len(_steps(dimension, number_type(fields[name]) is int))
+        for name, dimension in study.search.space.items()
+    )
+    conditions = any(condition(dimension) for dimension in study.search.space.values())
+    return len(grid(study)) if conditions and most <= MAX_GRID else most
 
 
 def _steps(dimension: Any, whole: bool) -> Sequence[Any]:
@@ -169,8 +174,9 @@ def _steps(dimension: Any, whole: bool) -> Sequence[Any]:
     step = dimension.step if dimension.step is not None else 1
     if whole:
         return range(int(dimension.low), int(dimension.high) + 1, int(step))
-    count = math.floor((dimension.high - dimension.low) / step + 1e-9) + 1
-    return [float(dimension.low + index * step) for index in range(count)]
+    # In decimals, as they are written: 0.1 + 2 * 0.1 is beyond 0.3 in floats, and so outside the space.
+    low, high, width = (decimal.Decimal(str(number)) for number in (dimension.low, dimension.high, step))
+    return [float(low + index * width) for index in range(int((high - low) / width) + 1)]
 
 
 # --- as Optuna and Arrow have it ---------------------------------------------------------------------------
@@ -274,5 +280,8 @@ def _scalar(value: Any) -> Any:
 
 def label(value: Any) -> str:
     """A value as text that differs wherever the values do."""
-    # 1, 1.0, True and "1" are equal or alike in Python; as text with their type they are not.
+    # 1, True and "1" are equal or alike in Python; as text with their type they are not. 1.0 is 1: which of
+    # the two stands somewhere depends on who wrote it.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return f"{type(value).__name__}:{json.dumps(value)}"

@@ -15,6 +15,7 @@ from raydisp.config import StudyConfig, TrialConfig, with_fields
 from raydisp.errors import suggest
 from raydisp.search_config import Range, choices_of, condition
 from raydisp.space import (
+    MAX_GRID,
     NOT_SEARCHED,
     KeyPath,
     contains,
@@ -119,6 +120,11 @@ def _problem_of_sampler(study: StudyConfig) -> Problem | None:
                 "it a step, or a list of values"
             )
     size = grid_size(study)
+    if size > MAX_GRID:
+        return place, (
+            f"search.sampler = grid has up to {size:,} combinations, more than {MAX_GRID:,}; name fewer "
+            "values, or use random or qmc"
+        )
     if search.num_trials > size:
         return ("search", "num_trials"), (
             f"search.num_trials = {search.num_trials} is more than the {size} combinations of the grid; "

@@ -95,6 +95,7 @@ class StopRule:
         self.metric = watched.metric
         direction = "minimize" if watched.mode == "min" else "maximize"
         pruners: list[optuna.pruners.BasePruner]
+        self._rungs = [] if isinstance(rule, Median) else brackets(study)
         if isinstance(rule, Median):
             self._shares = [1.0]
             pruners = [
@@ -136,6 +137,8 @@ class StopRule:
             return self._stopped.get(trial, num_tokens + 1) <= num_tokens
         if value is None or not math.isfinite(value):
             return False
+        if self._rungs and not self._compares(trial, num_tokens):
+            return False
         if trial not in self._trials:
             self._trials[trial] = self._brackets[self.bracket(trial)].ask()
         self._reported[trial] = num_tokens
@@ -144,6 +147,15 @@ class StopRule:
             self._stopped.setdefault(trial, num_tokens)
             return True
         return False
+
+    def _compares(self, trial: int, num_tokens: int) -> bool:
+        """Whether this is a rung, and the trial had a value at each before it: Optuna's pruner takes the next
+        value where one is missing, which is of more tokens than the others'."""
+        rungs = self._rungs[self.bracket(trial)]
+        if num_tokens not in rungs:
+            return False
+        index = rungs.index(num_tokens)
+        return index == 0 or self._reported.get(trial) == rungs[index - 1]
 
     def close(self, trial: int, status: str) -> None:
         """A trial has ended; one that completed counts for the median."""

@@ -104,7 +104,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def list_files(location: str, *, recursive: bool = True) -> list[str]:
-    """Paths below a folder, relative to it and sorted, hidden ones and leftovers left out; [] without a folder.
+    """Paths below a folder, relative to it and sorted, without hidden ones; [] without a folder.
 
     A folder in it that cannot be read is named in a warning. One whose name ends in `.parquet` is listed too,
     so that a reader can say what it is.

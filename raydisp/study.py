@@ -112,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     plan = _plan(study, study_dir, arguments)
     with lease.hold(study_dir) as held:
-        # results.finish_compaction
+        results.finish_compaction(study_dir)
         # Once more: only now is the folder ours, and another command may have filled it since.
         _refuse_other_study(study, study_dir)
         agenda = read_agenda(study, study_dir, retry_failed=arguments.retry_failed)

@@ -97,7 +97,9 @@ def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
         # What it stands for counts, not how it is spelt: half of num_trials would change as they grow.
         if tree["search"]["num_startup_trials"] is None:
             del tree["search"]["num_startup_trials"]
-        tree["evaluate"].pop("every_tokens")
+        # The median rule looks at every evaluation; rungs are where they are.
+        if "median" not in tree["search"]["scheduler"]:
+            tree["evaluate"].pop("every_tokens")
     if trees[0]["model"]["source"] != trees[1]["model"]["source"]:
         trees = [{**tree, "model": {"source": tree["model"]["source"]}} for tree in trees]
     if trees[0]["data"]["source"] != trees[1]["data"]["source"]:
@@ -265,7 +267,9 @@ def _sentences(error: ValidationError, tree: Any, source: _Source) -> list[str]:
     sentences = []
     for path, findings in grouped.items():
         sentence = _sentence(path, findings, tree)
-        sentences.append(f"{source.place(path or _first_field(sentence))}: {sentence}")
+        first = _first_field(sentence)
+        place = first if first[: len(path)] == path else path
+        sentences.append(f"{source.place(place)}: {sentence}")
     return sentences
 
 
@@ -329,7 +333,8 @@ def _sentence(path: KeyPath, findings: Sequence[Mapping[str, Any]], tree: Any) -
             # The rule speaks of its own field: say where that field is, and what stands there.
             found = "" if " = " in message.split(";")[0] else f" = {_shown(first['input'])}"
             return f"{name}{found} {message.removeprefix(leaf).lstrip()}"
-        return f"{name}: {message}" if path else message
+        # A rule over several keys names them in full.
+        return f"{name}: {message}" if path and not message.startswith(f"{name}.") else message
     allowed_texts = list(dict.fromkeys(_allowed(finding) for finding in findings))
     sentence = f"{name} = {_shown(first['input'])} is not {' or '.join(allowed_texts)}"
     words = [word for finding in findings for word in _literals(finding)]
@@ -380,6 +385,8 @@ def _allowed(finding: Mapping[str, Any]) -> str:
         return f"text of at most {context['max_length']} characters"
     if kind == "too_short":
         return "a list with at least one entry"
+    if kind == "too_long":
+        return f"a list with at most {context['max_length']} entries"
     return f"allowed ({finding['msg']})"
 
 

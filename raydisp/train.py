@@ -62,7 +62,7 @@ class TrainResult:
     """Steps of these whose gradient was not finite and not used."""
     train_loss: float | None
     """Cross-entropy, nats per token, mean over the last tenth of the steps; None if all of them were
-    skipped."""
+    skipped, or the training was stopped before its end."""
     final: Evaluation | None
     """On the whole validation split; None: the training was stopped before its end."""
     train_s: float
@@ -326,7 +326,7 @@ def train(
         num_steps=progress.step,
         num_tokens=progress.step * tokens_per_step,
         num_skipped_steps=progress.num_skipped_steps,
-        train_loss=math.fsum(recent) / len(recent) if recent else None,
+        train_loss=math.fsum(recent) / len(recent) if recent and final is not None else None,
         final=final,
         train_s=elapsed_s(),
         tokens_per_s=steps_here * tokens_per_step / steps_s if steps_here else None,

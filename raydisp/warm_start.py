@@ -91,8 +91,8 @@ def _why_not(study: StudyConfig, row: Row, data_sha256: str | None) -> str | Non
     if not all(space.contains(study, name, value) for name, value in values.items()):
         return "outside the space"
     ours = study.trial.model_dump(mode="json")
-    apart = study.search.space
-    if comparable_fields(ours, apart) != comparable_fields(config, apart):
+    # A field whose condition does not hold has one value here, and may have had another there.
+    if comparable_fields(ours, values) != comparable_fields(config, values):
         return "with other settings"
     return None
 

@@ -346,3 +346,128 @@ def test_values_for_people(value, text):
 def test_short_names_only_where_they_are_unique():
     row = {"a.size": 1, "b.size": 2, "c.rate": None}
     assert analysis.describe_trial(row, list(row)) == "a.size 1, b.size 2, rate null"
+
+
+# --- several objectives --------------------------------------------------------------------------------
+
+COSINE = Objective(metric="layer_cosine_mean", mode="min")
+SPEED = Objective(metric="tokens_per_s", mode="max")
+
+
+def pair(trial: int, loss: float | None, cosine: float | None, **changes: Any) -> dict[str, Any]:
+    return trial_row(trial, val_loss=loss, layer_cosine_mean=cosine, **changes)
+
+
+def front_of(rows: list[dict[str, Any]], *objectives: Objective) -> list[int]:
+    return analysis.pareto_front(trial_table(rows), *objectives)["trial"].to_pylist()
+
+
+def test_the_front_is_what_no_other_betters() -> None:
+    rows = [
+        pair(0, 1.0, 0.0),  # the baseline is not of the search
+        pair(1, 5.0, 0.5),
+        pair(2, 4.0, 0.6),
+        pair(3, 5.0, 0.6),  # bettered by 1 and 2
+        pair(4, 5.0, 0.5),  # as good as 1
+        pair(5, 3.0, None),
+        pair(6, 3.0, 0.1, status="pruned"),
+        failed_row(7),
+        pair(8, 6.0, 0.4),
+        pair(9, 3.0, 0.1, num_tokens=100),  # fewer tokens
+    ]
+    table = analysis.pareto_front(trial_table(rows), VAL_LOSS, COSINE)
+    assert table["trial"].to_pylist() == [2, 1, 4, 8]
+    assert table["val_loss"].to_pylist() == [4.0, 5.0, 5.0, 6.0]
+    assert table.column_names == [
+        "study",
+        "phase",
+        "trial",
+        "attempt",
+        "num_tokens",
+        "val_loss",
+        "layer_cosine_mean",
+    ]
+    assert front_of([], VAL_LOSS, COSINE) == []
+
+
+def test_the_front_follows_each_mode() -> None:
+    rows = [trial_row(trial, val_loss=float(trial), tokens_per_s=10.0 * trial) for trial in (1, 2, 3)]
+    assert front_of(rows, VAL_LOSS, SPEED) == [1, 2, 3]
+    assert front_of(rows, SPEED, VAL_LOSS) == [3, 2, 1], "best first by the first"
+    assert front_of(rows, VAL_LOSS, Objective(metric="tokens_per_s", mode="min")) == [1]
+    assert front_of(rows, VAL_LOSS) == [1]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_front_against_a_loop(number: int) -> None:
+    objectives = (VAL_LOSS, SPEED, COSINE)[:number]
+    draw = np.random.default_rng(number)
+    rows = [
+        trial_row(
+            trial,
+            val_loss=float(draw.integers(10)),
+            tokens_per_s=float(draw.integers(10)),
+            layer_cosine_mean=float(draw.integers(10)),
+        )
+        for trial in range(1, 60)
+    ]
+    signed = [[(1 if one.mode == "min" else -1) * row[one.metric] for one in objectives] for row in rows]
+    expected = [
+        row["trial"]
+        for row, mine in zip(rows, signed, strict=True)
+        if not any(
+            other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in signed
+        )
+    ]
+    assert sorted(front_of(rows, *objectives)) == expected
+
+
+def test_a_summary_of_several_objectives() -> None:
+    baseline = pair(0, 5.2, 0.6, tokens_per_s=100.0)
+    rows = [pair(1, 5.1, 0.5), pair(2, 5.0, 0.7), pair(3, 5.3, 0.8)]
+    front, loss, cosine, condensed = analysis.summarise(trial_table([baseline, *rows]), VAL_LOSS, COSINE)
+    assert front == (
+        "Pareto front over val_loss (min), layer_cosine_mean (min): trial 2 (val_loss 5.000, "
+        "layer_cosine_mean 0.700); trial 1 (val_loss 5.100, layer_cosine_mean 0.500); trial 1 is better than "
+        "the baseline in one of them and no worse in the others."
+    )
+    assert loss.startswith("Best of 3: trial 2 with val_loss 5.000")
+    assert cosine.startswith("Best of 3: trial 1 with layer_cosine_mean 0.500")
+    assert condensed.startswith("Condensation")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "rows", "sentence"),
+    [
+        (None, [pair(1, 5.0, 0.5)], "; the baseline has no values to compare."),
+        (pair(0, None, 0.5), [pair(1, 5.0, 0.5)], "; the baseline has no values to compare."),
+        (pair(0, 6.0, 0.9, num_tokens=7), [pair(1, 5.0, 0.5)], "; the baseline has no values to compare."),
+        (pair(0, 5.0, 0.4), [pair(1, 5.0, 0.5)], "; none is better than the baseline without being worse"),
+        (pair(0, 5.0, 0.5), [pair(1, 5.0, 0.5)], "; none is better than the baseline without being worse"),
+        (pair(0, 5.0, 0.5), [pair(1, 4.0, 0.5), pair(2, 5.0, 0.4)], "; trials 1, 2 are better than"),
+        (pair(0, 5.0, 0.5), [failed_row(1), pair(2, 5.0, None)], "there is no Pareto front."),
+        (
+            pair(0, 9.0, 0.9),
+            [pair(n, 5 + n, 0.5 - n / 100) for n in range(1, 12)],
+            "; and 3 more; trials 1, ",
+        ),
+    ],
+    ids=range(8),
+)
+def test_what_the_front_is_compared_with(
+    baseline: dict[str, Any] | None, rows: list[dict[str, Any]], sentence: str
+) -> None:
+    table = trial_table([*([baseline] if baseline else []), *rows])
+    assert sentence in analysis.summarise(table, VAL_LOSS, COSINE)[0]
+
+
+def test_ten_thousand_rows_on_the_front() -> None:
+    draw = np.random.default_rng(0)
+    row = trial_row(1)
+    rows = [
+        {**row, "trial": trial, "val_loss": float(loss), "layer_cosine_mean": float(-loss)}
+        for trial, loss in enumerate(draw.normal(5, 1, 10_000), 1)
+    ]
+    table = trial_table([trial_row(0), *rows])
+    front = analysis.summarise(table, VAL_LOSS, COSINE)[0]  # the worst case: all are on the front
+    assert "and 9992 more" in front
