@@ -143,13 +143,16 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
     # Ray reads these when it is imported or started; what the user has set stays.
     if not joining:  # nobody takes this machine away, and it is one process per trial
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # What Ray starts ahead is not ready when the first trials come, which then get other processes: twice
+        # the imports at the same time.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `search` has its own
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "60")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     if num_workers == 1:
-        # In every process of a local Ray as it starts; those that Ray starts ahead wait for the first trials.
+        # In every process of a local Ray as it starts, while the command goes on.
         os.environ.setdefault("RAY_preload_python_modules", ",".join(PRELOADED))
     import ray
 

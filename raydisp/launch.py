@@ -47,18 +47,14 @@ def prepare_launch(
     Raises:
         RaydispError: the machines, the model or the data do not allow it.
     """
-    from raydisp.data import read_meta
+    from raydisp.data import cache_folder, read_meta
     from raydisp.models import resolve_revision
 
     where = "Ray"
     if len(offer.nodes) > 1 or offer.growth is not None:
         where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}"
     plan = plan_resources(study, offer, where=where)
-    if "://" in study.output:  # token blocks are memory-mapped: each node keeps its own
-        cache_dir = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "raydisp")
-    else:
-        cache_dir = os.path.join(study.output, ".cache")
-    cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
+    cache_dir = cache_folder(study.output)
     revision = resolve_revision(study.model)
     prepared = _prepare_data(study, cache_dir, quiet=quiet)
     return Launch(

@@ -10,7 +10,7 @@ from raydisp.capacity import Offer
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
 from raydisp.config import PathModel, StudyConfig
 from raydisp.corpus import CorpusSummary
-from raydisp.data import check_data
+from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary
@@ -267,7 +267,7 @@ def make_plan(
     _check_layers(study, model)
     if isinstance(study.model, PathModel):
         load_tokenizer(study.model)
-    corpus = check_data(study.trial)
+    corpus = check_data(study.trial, cache_folder(study.output))
     agenda = read_agenda(study, study_dir, retry_failed=retry_failed)
     return StudyPlan(study, study_dir, agenda, model, corpus, resources, read_warm_starts(study))
 

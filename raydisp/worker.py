@@ -258,13 +258,15 @@ def _train_distributed(
     # One wait of the length that the study says, instead of Ray's many without end.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(study.resources.placement_timeout_s)
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.tune.integration.ray_train import TuneReportCallback
+
+    from raydisp.lean_trainer import LeanTrainer
 
     resources = {"CPU": study.resources.cpus_per_worker}
     if assignment.gpus_per_worker:
         resources["GPU"] = assignment.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = LeanTrainer(
         _ray_train_worker,
         train_loop_config={
             "assignment": dataclasses.asdict(assignment),
@@ -381,7 +383,8 @@ def train_share(
         revision=revision,
     )
     identity = f"{trial.sha256} on data {meta['data_sha256']} from model {revision}"
-    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout)
+    timeout_s = study.failures.collective_timeout_s
+    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout, timeout_s=timeout_s)
     resume_from = checkpoints.find()
     resumed_step = resume_from.step if resume_from else 0
     rows = None
