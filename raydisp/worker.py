@@ -121,7 +121,8 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
     context_length = field_of(json.loads(row["config_json"]), "data.context_length")
     earlier: list[dict[str, Any]] = []
     try:
-        earlier = results.read_attempts(assignment.study_dir, assignment.trial)[: assignment.attempt - 1]
+        known = results.read_attempts(assignment.study_dir, assignment.trial)
+        earlier = [attempt for attempt in known if attempt["attempt"] < assignment.attempt]
         # There from the start: whatever is killed from now on, the study knows what to go on with.
         results.write_trial(assignment.study_dir, row, searched)
         trial = _combined(study, assignment.values)
