@@ -12,6 +12,7 @@ from raydisp.errors import suggest
 COMMANDS = {
     "study": "run a study: search, results, report",
     "report": "build the report of a results folder anew",
+    "results": "show the trials of a results folder, or merge its small files",
 }
 
 

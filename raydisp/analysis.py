@@ -181,7 +181,7 @@ def trial_field(row: Row, name: str) -> Any:
     if row.get(name) is not None:
         return row[name]
     try:
-        node = json.loads(row["config_json"] or "null")
+        node = json.loads(row.get("config_json") or "null")
     except ValueError:
         return None
     for part in name.split("."):
@@ -295,6 +295,8 @@ def describe_trial(row: Row, fields: list[str]) -> str:
     leaves = Counter(name.rsplit(".", 1)[-1] for name in fields)
     parts = []
     for name in fields:
+        if row.get(name) is None and trial_field(row, name) is not None:
+            continue  # not searched in this trial: its condition did not hold
         leaf = name.rsplit(".", 1)[-1]
         # The short name, unless two searched fields share it.
         parts.append(f"{leaf if leaves[leaf] == 1 else name} {format_value(row.get(name)) or 'null'}")

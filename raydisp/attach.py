@@ -84,12 +84,18 @@ class DispersionTerm:
         """As leaving `recording`, for hooks."""
         self._capture.stop()
 
-    def loss(self, mask: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """The loss of the recorded pass, unweighted: float32 scalar, mean over the chosen layers.
 
         Args:
             mask: [B, L], true (or 1) where a token counts, as in an attention mask; None counts all.
-            generator: for `max_tokens`; each layer draws its own positions.
+            generator: for `max_tokens`; each layer draws its own positions, the same for all sequences.
+            positions: [layers, B, K] int64, those of each layer and sequence instead.
         Raises:
             RuntimeError: nothing was recorded since the last call.
         """
@@ -103,8 +109,9 @@ class DispersionTerm:
                 max_tokens=self.max_tokens,
                 mask=None if mask is None else mask.to(hidden.device),
                 generator=generator,
+                positions=None if positions is None else positions[number].to(hidden.device),
             ).float()
-            for hidden in self._capture.take().values()
+            for number, hidden in enumerate(self._capture.take().values())
         ]
         return torch.stack([value.to(values[0].device) for value in values]).mean()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import datetime
 import json
 import logging
 import math
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from raydisp import storage
+from raydisp import fingerprint, storage
 from raydisp.distcp import ArrowReader, ArrowWriter, TensorsOnly, load_metadata, tensor_entries
 from raydisp.errors import CheckpointError, OutputError
 from raydisp.parallel import Layout
@@ -59,12 +59,21 @@ class CheckpointFolder:
     All workers of the layout call `save`, `wait`, `find` and `load`, in the same order.
     """
 
-    def __init__(self, location: str, identity: str, layout: Layout | None = None) -> None:
-        """Args: identity: of the trial, its data and its model; checkpoints of another are left out."""
+    def __init__(
+        self, location: str, identity: str, layout: Layout | None = None, *, timeout_s: float | None = None
+    ) -> None:
+        """What is there is looked at later.
+
+        Args:
+            identity: of the trial, its data and its model; checkpoints of another are left out.
+            timeout_s: how long one worker waits for the others; None: as long as torch does.
+        """
         self.location = location
         self._identity = identity
         self._layout = layout or Layout()
+        self._timeout = None if timeout_s is None else datetime.timedelta(seconds=timeout_s)
         self._group: dist.ProcessGroup | None = None
+        self._newest: int | None = None  # whole, and of this trial
         self._writing: _Writing | None = None
 
     # --- saving ----------------------------------------------------------------------------------------
@@ -80,6 +89,9 @@ class CheckpointFolder:
     ) -> None:
         """Copy the tensors and write them in the background, once the save before is done.
 
+        A step that is the newest whole checkpoint already is not written again: it would have to be deleted
+        first.
+
         Args:
             tensors: name -> tensor, plain (the same on all workers) or sharded (DTensor).
             state: what JSON can hold.
@@ -90,10 +102,12 @@ class CheckpointFolder:
         """
         self._make_group()
         self.wait()
+        if step == self._newest:
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             staged = _copy_state_dict(dict(tensors), _create_cpu_state_dict(dict(tensors)), type_check=False)
-        self._writing = _Writing(lambda: self._write(step, staged, dict(state), value))
+        self._writing = _Writing(step, lambda: self._write(step, staged, dict(state), value))
         if wait:
             self.wait()
 
@@ -105,7 +119,7 @@ class CheckpointFolder:
         """
         if self._writing is None:
             return
-        writing, self._writing = self._writing, None
+        writing, self._writing, self._newest = self._writing, None, None
         writing.thread.join()
         error = writing.error
         mine = None if error is None else _sentence(self.location, error)
@@ -114,6 +128,7 @@ class CheckpointFolder:
         sentences = [sentence for _, sentence in sorted(told, key=lambda pair: not pair[0]) if sentence]
         if sentences:
             raise OutputError(sentences[0])
+        self._newest = writing.step
 
     def abandon(self) -> None:
         """After an error elsewhere: start nothing, raise nothing, let one process finish what it writes."""
@@ -139,12 +154,13 @@ class CheckpointFolder:
                 )
             shares = self._all_gather(writer.fs.written)  # type: ignore[attr-defined]
             if main:
-                fingerprints = {name: mark for share in shares for name, mark in share.items()}
+                marks = {name: mark for share in shares for name, mark in share.items()}
                 about = {"trial": self._identity, "value": _finite(value), "state": state}
                 content = json.dumps(about).encode()
                 storage.write_bytes(storage.join(folder, "state.json"), content)
-                fingerprints["state.json"] = _fingerprint(content)
-                storage.write_bytes(storage.join(folder, "COMPLETE"), json.dumps(fingerprints).encode())
+                marks["state.json"] = fingerprint.of_content(content)
+                told = {name: mark._asdict() for name, mark in marks.items()}
+                storage.write_bytes(storage.join(folder, "COMPLETE"), json.dumps(told).encode())
                 self._drop_all_but_last_and_best(step)
         except BaseException as error:
             if main:
@@ -175,11 +191,13 @@ class CheckpointFolder:
         Those that are left out are named in a warning.
         """
         self._make_group()
+        self._newest = None
         for step in self._all_gather(sorted(self._steps(), reverse=True))[0]:
             problem, saved = self._examine(step)
             # Files are shared out between the workers: only all of them together know.
             problems = [told for told in self._all_gather(problem) if told is not None]
             if not problems:
+                self._newest = step
                 return saved
             if self._layout.is_main:
                 logger.warning("%s is left out: %s", self._folder(step), problems[0])
@@ -191,14 +209,14 @@ class CheckpointFolder:
         try:
             marker = json.loads(storage.read_bytes(storage.join(folder, "COMPLETE")))
             names = sorted(marker)
-            marks = {name: (int(marker[name]["num_bytes"]), str(marker[name]["sha256"])) for name in names}
+            marks = {name: fingerprint.Fingerprint.parse(marker[name]) for name in names}
             if not {"state.json", ".metadata"} <= set(names) or any("/" in name for name in names):
                 raise ValueError
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return "it was not written to its end", None
         small = {"state.json", ".metadata"}  # every worker reads these, and no other worker's file
         mine = small | set(names[self._layout.rank :: self._layout.world_size])
-        damaged = [name for name in sorted(mine) if _fingerprint_of(f"{folder}/{name}") != marks[name]]
+        damaged = [name for name in sorted(mine) if fingerprint.of_file(f"{folder}/{name}") != marks[name]]
         if damaged:
             return f"{', '.join(damaged)} is not what was written", None
         try:
@@ -251,6 +269,7 @@ class CheckpointFolder:
 
     def delete(self) -> None:
         """Remove all checkpoints of the trial. One worker calls it."""
+        self._newest = None
         storage.delete_dir(self.location)
 
     # --- between the workers ---------------------------------------------------------------------------
@@ -258,7 +277,7 @@ class CheckpointFolder:
     def _make_group(self) -> None:
         # Of its own, and on the CPU: the training's collectives go on while a checkpoint is written.
         if self._layout.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def _all_gather(self, told: Any) -> list[Any]:
         if self._layout.world_size == 1:
@@ -286,7 +305,8 @@ class CheckpointFolder:
 class _Writing:
     """One save in the background. A daemon: a process that must end does not wait for the others' answers."""
 
-    def __init__(self, write: Callable[[], None]) -> None:
+    def __init__(self, step: int, write: Callable[[], None]) -> None:
+        self.step = step
         self.error: BaseException | None = None
 
         def run() -> None:
@@ -318,21 +338,3 @@ def _first_cause(error: BaseException) -> BaseException:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _fingerprint(content: bytes) -> dict[str, Any]:
-    return {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _fingerprint_of(location: str) -> tuple[int, str] | None:
-    """Size and SHA-256 of a file; None if it is not there."""
-    filesystem, path = storage.resolve(location)
-    digest, num_bytes = hashlib.sha256(), 0
-    try:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
-                num_bytes += len(chunk)
-    except OSError:
-        return None
-    return num_bytes, digest.hexdigest()

@@ -6,28 +6,26 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+from raydisp.autoscaler import HEAD_RESOURCE, read_growth
+from raydisp.capacity import Node, Offer, count, describe_workers
 from raydisp.config import ResourcesConfig, StudyConfig
 from raydisp.errors import ResourceError
 
-DRIVER_RESOURCES = {"node:__internal_head__": 0.001}
+DRIVER_RESOURCES = {HEAD_RESOURCE: 0.001}
 """What the process that only waits for a trial's Ray Train workers asks for: a place on the head node and no
 CPU. Drivers that take CPUs can take all of them, and then no worker ever starts."""
+MAX_DRIVERS = 1000
+"""That the head node has room for."""
+HEADLESS_DRIVER_RESOURCES = {"memory": 1.0}
+"""Where no node calls itself the head: one byte, because Tune does not place what asks for nothing."""
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 """Of NVIDIA, AMD and Windows' own Linux; without any of these files torch finds no GPU."""
 PRELOADED = ("raydisp.train", "transformers.modeling_utils")
 """What a trial that trains in its own process imports: 4 s that pass while Ray and the study start."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """CPUs and GPUs that one machine offers."""
-
-    cpus: float
-    gpus: float
 
 
 @dataclass(frozen=True)
@@ -38,64 +36,75 @@ class Plan:
     cpus_per_worker: float
     gpus_per_worker: float
     max_concurrent_trials: int
+    num_now: int | None = None
+    """Trials that the nodes hold that are there; None: as many as run at a time."""
+    driver_resources: Mapping[str, float] = field(default_factory=lambda: dict(DRIVER_RESOURCES))
+    """Of the process that waits for a trial's several workers."""
+
+    @property
+    def needs(self) -> str:
+        """For example `2 workers x 1 CPU + 1 GPU`."""
+        return describe_workers(self.num_workers, self.cpus_per_worker, self.gpus_per_worker)
 
     def describe(self) -> str:
-        """For example `1 worker x 1 CPU, 2 trials at a time`."""
-        worker = (
-            f"{self.num_workers} worker{'s' if self.num_workers > 1 else ''} x {self.cpus_per_worker:g} CPU"
-        )
-        if self.gpus_per_worker:
-            worker += f" + {self.gpus_per_worker:g} GPU"
-        trials = self.max_concurrent_trials
-        return f"{worker} per trial, {trials} trial{'s' if trials > 1 else ''} at a time"
+        """For example `1 worker x 1 CPU per trial, 2 trials at a time`."""
+        driver = " (its driver takes no CPU)" if self.num_workers > 1 else ""
+        text = f"{self.needs} per trial{driver}, {count(self.max_concurrent_trials, 'trial')} at a time"
+        if self.num_now is None or self.num_now >= self.max_concurrent_trials:
+            return text
+        now = f"{self.num_now or 'none'} {'fits' if self.num_now < 2 else 'fit'} on the nodes that are there"
+        return f"{text}, of which {now}; the others wait for nodes to join"
 
 
-def plan_resources(study: StudyConfig, nodes: Sequence[Node], *, where: str) -> Plan:
-    """How the study's trials fit on these machines.
+def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
+    """How the study's trials fit on these machines, counted as if nobody else used them.
+
+    A trial of one worker trains in its own process, which is all that is counted; the driver of a trial of
+    several takes no CPU.
 
     Args:
         where: what the machines are, for the sentence: "this machine" or "the cluster at ...".
     Raises:
-        ResourceError: one trial cannot fit, with both numbers.
+        ResourceError: one trial can never fit, with both numbers.
     """
     wanted: ResourcesConfig = study.resources
+    cpus = wanted.cpus_per_worker
     gpus = wanted.gpus_per_worker
     if gpus == "auto":
-        gpus = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
-    slots = sum(_workers_that_fit(node, wanted.cpus_per_worker, gpus) for node in nodes)
-    if slots < wanted.num_workers:
-        needs = f"{_count(wanted.num_workers * wanted.cpus_per_worker, 'CPU')}"
-        has = f"{_count(sum(node.cpus for node in nodes), 'CPU')}"
+        gpus = 1.0 if offer.has_gpus else 0.0
+    fitting = offer.room(cpus, gpus) // wanted.num_workers
+    if wanted.num_workers > 1 and offer.has_head:
+        fitting = min(fitting, MAX_DRIVERS)
+    # What may join and has no known size is no ground for a refusal: the placement timeout decides.
+    certain = not offer.num_unsized
+    if not fitting and certain:
+        needs = count(wanted.num_workers * cpus, "CPU")
         if gpus:
-            needs += f" and {_count(wanted.num_workers * gpus, 'GPU')}"
-            has += f" and {_count(sum(node.gpus for node in nodes), 'GPU')}"
+            needs += f" and {count(wanted.num_workers * gpus, 'GPU')}"
         raise ResourceError(
-            f"resources: a trial of {wanted.num_workers} worker(s) needs {needs}, and {where} offers "
-            f"{has}, which is room for {slots} worker(s); lower resources.num_workers, "
-            "cpus_per_worker or gpus_per_worker, or use more machines (--address)"
+            f"resources: a trial of {describe_workers(wanted.num_workers, cpus, gpus)} needs {needs}, and "
+            f"{where} offers {offer.describe(cpus, gpus)}, which is room for "
+            f"{count(offer.room(cpus, gpus), 'worker')}; lower resources.num_workers, cpus_per_worker or "
+            "gpus_per_worker, or use more machines (--address)"
         )
-    fitting = slots // wanted.num_workers
     if wanted.max_concurrent_trials == "auto":
         # One more than there are trials would only wait.
-        concurrent = min(fitting, study.search.num_trials + 1)
-    elif wanted.max_concurrent_trials > fitting:
+        concurrent = min(max(1, fitting), study.search.num_trials + 1)
+    elif wanted.max_concurrent_trials > fitting and certain:
         raise ResourceError(
             f"resources.max_concurrent_trials = {wanted.max_concurrent_trials}, but {where} has room for "
             f"{fitting} at a time; lower it, or use auto"
         )
     else:
         concurrent = wanted.max_concurrent_trials
-    return Plan(wanted.num_workers, wanted.cpus_per_worker, float(gpus), concurrent)
-
-
-def _workers_that_fit(node: Node, cpus: float, gpus: float) -> int:
-    # Ray counts in steps of 0.0001.
-    by_cpus = int(node.cpus / cpus + 1e-6)
-    return min(by_cpus, int(node.gpus / gpus + 1e-6)) if gpus else by_cpus
-
-
-def _count(number: float, unit: str) -> str:
-    return f"{number:g} {unit}{'' if number == 1 else 's'}"
+    return Plan(
+        wanted.num_workers,
+        cpus,
+        float(gpus),
+        concurrent,
+        num_now=offer.room_now(cpus, gpus) // wanted.num_workers,
+        driver_resources=DRIVER_RESOURCES if offer.has_head else HEADLESS_DRIVER_RESOURCES,
+    )
 
 
 def this_machine() -> Node:
@@ -105,7 +114,7 @@ def this_machine() -> Node:
         import torch  # not where there is no GPU to ask for: it takes a second or two
 
         gpus = torch.cuda.device_count()
-    return Node(cpus=len(os.sched_getaffinity(0)), gpus=gpus)
+    return Node(cpus=len(os.sched_getaffinity(0)), gpus=gpus, is_head=True)
 
 
 def joins_cluster(address: str | None) -> bool:
@@ -118,7 +127,7 @@ def joins_cluster(address: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = False) -> Iterator[list[Node]]:
+def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = False) -> Iterator[Offer]:
     """Ray for the time of a study: a cluster joined, or a local one started and ended again.
 
     Args:
@@ -126,7 +135,7 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
             else a local one.
         num_workers: of a trial: with one, nobody uses Ray Train.
     Yields:
-        The nodes that are alive.
+        The nodes that are alive, and what an autoscaler may add to them.
     Raises:
         ResourceError: the cluster does not answer.
     """
@@ -134,13 +143,16 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
     # Ray reads these when it is imported or started; what the user has set stays.
     if not joining:  # nobody takes this machine away, and it is one process per trial
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # What Ray starts ahead is not ready when the first trials come, which then get other processes: twice
+        # the imports at the same time.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `search` has its own
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "60")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     if num_workers == 1:
-        # In every process of a local Ray as it starts; those that Ray starts ahead wait for the first trials.
+        # In every process of a local Ray as it starts, while the command goes on.
         os.environ.setdefault("RAY_preload_python_modules", ",".join(PRELOADED))
     import ray
 
@@ -172,10 +184,28 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
         for name in ("ray.tune", "ray.train", "ray.air"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        yield [
-            Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
+        # A Ray of one's own does not grow.
+        yield read_offer(can_grow=joining)
     finally:
         ray.shutdown()
+
+
+def read_offer(*, can_grow: bool = True) -> Offer:
+    """What the cluster that Ray is connected to offers at this moment.
+
+    Args:
+        can_grow: whether to ask for the limits of an autoscaler, which may take seconds.
+    """
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            nodes.append(Node(has.get("CPU", 0), has.get("GPU", 0), is_head=HEAD_RESOURCE in has))
+    free = ray.available_resources()
+    return Offer(
+        tuple(nodes),
+        read_growth() if can_grow else None,
+        free=Node(free.get("CPU", 0), free.get("GPU", 0)),
+    )

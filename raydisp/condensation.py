@@ -9,6 +9,7 @@ Source: arXiv:2602.00217 for the cosine measures; the other sources stand at the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,13 +101,19 @@ def _pair_counts(units: Tensor, num_bins: int) -> Tensor:
 
 
 def _bin_counts(cosines: Tensor, num_bins: int) -> Tensor:
-    """[num_bins] int64 counts of the entries, clipped to [-1, 1], overwritten; the last bin holds 1."""
-    bins = cosines.clamp_(-1, 1).add_(1).mul_(num_bins / 2).to(torch.int32)
-    return torch.bincount(bins.clamp_(max=num_bins - 1).flatten(), minlength=num_bins)
+    """[num_bins] int64 counts of the entries, clipped to [-1, 1], overwritten; the last bin holds 1.
+
+    Entries that are not a number, as a diverged model has them, are not counted.
+    """
+    places = cosines.clamp_(-1, 1).add_(1).mul_(num_bins / 2).nan_to_num_(nan=num_bins + 1)
+    counts = torch.bincount(places.to(torch.int32).flatten(), minlength=num_bins + 2)
+    counts[num_bins - 1] += counts[num_bins]
+    return counts[:num_bins]
 
 
 def _effective_rank(rows: Tensor) -> Tensor:
-    """[...]: exp of the entropy of the normalised singular values of rows [..., n, F]; 1 where all are zero.
+    """[...]: exp of the entropy of the normalised singular values of rows [..., n, F]; 1 where all are zero,
+    NaN where any is not finite.
 
     The singular values are the roots of the eigenvalues of the smaller Gram matrix. It is formed in float64,
     so that values down to 1e-8 of the largest stay right; one dominant direction is the rule here.
@@ -114,9 +121,12 @@ def _effective_rank(rows: Tensor) -> Tensor:
     rows = rows.double()
     rows = rows / rows.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
     gram = rows @ rows.mT if rows.shape[-2] < rows.shape[-1] else rows.mT @ rows
+    finite = gram.isfinite().all(-1).all(-1)  # LAPACK raises for others
+    gram = torch.where(finite[..., None, None], gram, 0.0)
     singular_values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     shares = singular_values / singular_values.sum(-1, keepdim=True).clamp_min(1e-300)
-    return torch.special.entr(shares).sum(-1).exp()
+    rank = torch.special.entr(shares).sum(-1).exp()
+    return torch.where(finite, rank, torch.nan)
 
 
 def _per_layer(
@@ -250,13 +260,29 @@ def depth_trend(layer_means: Tensor | Sequence[float]) -> DepthTrend:
     means = [float(mean) for mean in layer_means]
     if len(means) < 2 or not all(map(math.isfinite, means)) or min(means) == max(means):
         return DepthTrend(None, None)
-    from scipy import stats  # slow to import, and the losses' users do not need it
-
-    index = range(len(means))
+    # Written out: importing scipy.stats takes longer than all measures of a trial's first evaluation.
+    places = _ranks(means)
+    middle = (len(means) + 1) / 2
+    products = math.fsum((i + 1 - middle) * (place - middle) for i, place in enumerate(places))
+    squares = math.fsum((i + 1 - middle) ** 2 for i in range(len(means)))
+    squares_of_places = math.fsum((place - middle) ** 2 for place in places)
+    signs = [(b > a) - (b < a) for a, b in itertools.combinations(means, 2)]
     return DepthTrend(
-        spearman=float(stats.spearmanr(index, means).statistic),
-        kendall=float(stats.kendalltau(index, means).statistic),
+        spearman=_correlation(products, squares, squares_of_places),
+        kendall=_correlation(sum(signs), len(signs), sum(map(abs, signs))),  # the index has no ties
     )
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Places from 1 up in ascending order; equal values share the mean of theirs."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
+        for value in values
+    ]
+
+
+def _correlation(products: float, squares: float, other_squares: float) -> float:
+    return max(-1.0, min(1.0, products / math.sqrt(squares * other_squares)))
 
 
 def last_layers_mean(layer_means: Tensor | Sequence[float], count: int | Literal["half"]) -> float:

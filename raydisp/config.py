@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -242,7 +243,7 @@ class DispersionConfig(Section):
     margin: Annotated[float, Field(gt=0.0, le=1.0, description="of orthogonalization")] = 0.5
     max_tokens: Annotated[
         Annotated[Int, Field(ge=2)] | None,
-        Field(description="tokens per sequence drawn for the loss at every call; null: all"),
+        Field(description="tokens of each sequence that the loss sees, others at every step; null: all"),
     ] = None
 
     @field_validator("layers", mode="before")
@@ -312,8 +313,27 @@ class ResourcesConfig(Section):
         Annotated[float, Field(ge=0.0)] | Literal["auto"], Field(description="auto: 1 where there are GPUs")
     ] = "auto"
     max_concurrent_trials: Annotated[
-        PositiveInt | Literal["auto"], Field(description="auto: as many as fit")
+        PositiveInt | Literal["auto"],
+        Field(description="auto: as many as fit, counting what an autoscaler may add"),
     ] = "auto"
+    placement_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="how long a trial waits for CPUs and GPUs while no other of the study runs (with "
+            "several workers: how long its workers wait) before that is an error",
+        ),
+    ] = 1800.0
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ResourcesConfig:
+        gpus = self.gpus_per_worker
+        if gpus != "auto" and gpus > 1 and not gpus.is_integer():
+            raise ValueError(
+                f"gpus_per_worker = {gpus:g}: Ray gives parts of one GPU, or whole ones; use "
+                f"{math.floor(gpus)} or {math.ceil(gpus)}"
+            )
+        return self
 
 
 class TrialConfig(Section):

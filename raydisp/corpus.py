@@ -6,21 +6,18 @@ neither on the order nor on the number of the documents, and equal documents nev
 
 from __future__ import annotations
 
-import ast
-import functools
 import glob
 import gzip
 import hashlib
 import json
 import os
 import platform
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from raydisp import hub
+from raydisp import hub, python_docs
 from raydisp.config import DataConfig, Files, HubData, PythonDocs
 from raydisp.errors import DataError, suggest
 
@@ -106,7 +103,7 @@ def split_documents(data: DataConfig, revision: str | None = None) -> Iterator[t
     if isinstance(data, HubData):
         yield from _hub_documents(data, revision)
         return
-    pairs = _python_documents() if isinstance(data, PythonDocs) else _file_documents(data)
+    pairs = python_docs.documents() if isinstance(data, PythonDocs) else _file_documents(data)
     for identifier, text in pairs:
         yield split_of(text, data.validation_frac, data.test_frac), identifier, text
 
@@ -118,7 +115,7 @@ def open_corpus(data: DataConfig) -> Corpus:
         DataError: it is not there, or not readable.
     """
     if isinstance(data, PythonDocs):
-        pairs = _python_documents()
+        pairs = python_docs.documents()
         sizes = tuple((identifier, len(text.encode())) for identifier, text in pairs)
         return Corpus(
             data, _sha256_of(pairs), sizes[:_LISTED_FILES], len(sizes), None, platform.python_version()
@@ -245,73 +242,6 @@ def _sha256_of(pairs: Iterable[tuple[str, str]]) -> str:
             digest.update(len(encoded).to_bytes(8, "big"))
             digest.update(encoded)
     return digest.hexdigest()
-
-
-# --- python_docs --------------------------------------------------------------------------------------
-
-# Tests, bundled wheels, what is not the standard library, and the code pages, whose docstrings are one
-# sentence generated a hundred times.
-_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled"}
-    | {"encodings", "pydoc_data"}
-)
-
-
-@functools.lru_cache(maxsize=1)
-def _python_documents() -> tuple[tuple[str, str], ...]:
-    """The language topics, one document each, and the docstrings of each module of the standard library.
-
-    A module is one document because its docstrings repeat one another (a method and its twin on a sibling
-    class): split one by one, they would put near-copies on both sides. Exact copies are dropped everywhere.
-    The sources are parsed, never imported, so nothing runs, and what is compiled in makes no
-    difference.
-    """
-    from pydoc_data.topics import topics
-
-    result = [(f"topic/{name}", text.strip()) for name, text in sorted(topics.items()) if text.strip()]
-    root = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
-        for name in sorted(names):
-            if not name.endswith(".py"):
-                continue
-            path = Path(folder) / name
-            try:
-                tree = ast.parse(path.read_bytes())
-            except (OSError, SyntaxError, ValueError):
-                # Templates of code (lib2to3, packagers' additions) need not parse; prose is not in them.
-                continue
-            fresh = [text for text in dict.fromkeys(_docstrings(tree)) if text not in seen]
-            seen.update(fresh)
-            if fresh:
-                result.append((f"docstrings/{path.relative_to(root).as_posix()}", "\n\n".join(fresh)))
-    if not seen:
-        raise DataError(
-            f'data.source = "python_docs" needs the sources of the standard library, and {root} has none; '
-            "use another Python, or data.source = files"
-        )
-    return tuple(result)
-
-
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node)
-        # A lone surrogate in an escape is no text.
-        if text and text.strip() and _encodable(text):
-            yield text.strip()
-    for child in ast.iter_child_nodes(node):
-        # Definitions stand in statements only; expressions are most of a tree.
-        if isinstance(child, ast.stmt | ast.ExceptHandler):
-            yield from _docstrings(child)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # --- files --------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from raydisp import corpus, models
-from raydisp.config import ScratchModel, TrialConfig
+from raydisp import corpus, models, python_docs
+from raydisp.config import PythonDocs, ScratchModel, TrialConfig
 from raydisp.corpus import SPLITS, Corpus, CorpusSummary, Split
 from raydisp.errors import DataError
 
@@ -74,12 +74,14 @@ def prepare(trial: TrialConfig, cache_dir: str, progress: Callable[[int], Any] |
         DataError: the corpus cannot be read, or a split does not fill one block.
         ModelError: the model's tokenizer cannot be loaded.
     """
-    found = corpus.open_corpus(trial.data)
+    found = _open_corpus(trial, cache_dir)
     key = _key(trial, found)
     folder = Path(cache_dir) / key
     if (folder / "meta.json").is_file():
         return str(folder)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    if isinstance(trial.data, PythonDocs):
+        python_docs.keep(cache_dir)
     _remove_abandoned(Path(cache_dir))
     temporary = Path(cache_dir) / f".making-{key[:16]}-{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -104,19 +106,32 @@ def find_prepared(trial: TrialConfig, cache_dir: str) -> str | None:
     Raises:
         DataError, ModelError: as `prepare`.
     """
-    folder = Path(cache_dir) / _key(trial, corpus.open_corpus(trial.data))
+    folder = Path(cache_dir) / _key(trial, _open_corpus(trial, cache_dir))
     return str(folder) if (folder / "meta.json").is_file() else None
 
 
-def check_data(trial: TrialConfig) -> CorpusSummary:
+def cache_folder(output: str) -> str:
+    """Where the prepared data of studies go whose results go to `output`."""
+    if "://" in output:  # token blocks are memory-mapped: each node keeps its own
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "raydisp")
+    else:
+        folder = os.path.join(output, ".cache")
+    return os.path.abspath(os.path.expanduser(folder))
+
+
+def check_data(trial: TrialConfig, cache_dir: str | None = None) -> CorpusSummary:
     """What the corpus holds, with every mistake of the data that can be told cheaply; writes nothing.
 
     For a corpus of up to 16 MiB with a split of less than 16 bytes a token of one block, the tokenizer is
     trained or loaded and the tokens are counted, so that "shorter than one block" is exact.
 
+    Args:
+        cache_dir: of `prepare`, if it was called there before: sooner then.
     Raises:
         DataError: see `corpus.describe`.
     """
+    if cache_dir is not None and isinstance(trial.data, PythonDocs):
+        python_docs.recall(cache_dir)
     summary = corpus.describe(trial.data)
     if summary.splits is None or summary.num_bytes is None or summary.num_bytes > 2**24:
         return summary
@@ -150,6 +165,16 @@ def load_prepared_tokenizer(prepared: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(Path(prepared) / "tokenizer"), local_files_only=True)
+
+
+def _open_corpus(trial: TrialConfig, cache_dir: str) -> Corpus:
+    if not isinstance(trial.data, PythonDocs):
+        return corpus.open_corpus(trial.data)
+    python_docs.recall(cache_dir)
+    found = corpus.open_corpus(trial.data)
+    if os.path.isdir(cache_dir):
+        python_docs.keep(cache_dir)
+    return found
 
 
 def _key(trial: TrialConfig, found: Corpus) -> str:

@@ -15,6 +15,7 @@ from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.curves import Point
 from raydisp.optuna_study import OptunaStudy
+from raydisp.stopping import full_tokens
 from raydisp.worker import Assignment
 
 BASELINE_VALUES: space.Values = {"dispersion.weight": 0.0}
@@ -35,6 +36,8 @@ class Launch:
     plan: Plan
     stop_rule: dict[str, str] | None = None
     """Name and namespace of the actor that stops trials; None: nobody does."""
+    data_sha256: str | None = None
+    """Of the study's data."""
     lease: str | None = None
     """Of the results folder; a trial that finds another one there stops."""
 
@@ -56,6 +59,7 @@ class Launch:
             code_version=self.code_version,
             packages=self.packages,
             stop_rule=self.stop_rule if arm != "baseline" else None,
+            data_sha256=self.data_sha256,
             lease=self.lease,
         )
 
@@ -84,6 +88,7 @@ class Dispatcher:
         self._optuna = optuna_study
         self._on_finished = on_finished or (lambda row: None)
         self._now = now
+        self._full_tokens = full_tokens(launch.study)
         self.running: dict[int, Assignment] = {}
         self.over: str | None = None
         """Why no further trial starts, where that is not the number of trials."""
@@ -144,8 +149,9 @@ class Dispatcher:
         return self._launch.assign(trial, 1, "search", self._optuna.suggest(trial))
 
     def reported(self, trial: int, metrics: Mapping[str, Any]) -> None:
-        """A trial that runs has evaluated."""
-        self._optuna.report(trial, metrics["num_tokens"], metrics)
+        """A trial that runs has evaluated; its curve is what lies between its first step and its end."""
+        if 0 < metrics["num_tokens"] < self._full_tokens:
+            self._optuna.report(trial, metrics["num_tokens"], metrics)
 
     def put_back(self, assignment: Assignment, attempt: int) -> None:
         """A trial goes on with another attempt."""

@@ -7,7 +7,6 @@ and no other, entries that are not tensors are refused, and tensors are read wit
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import pickle
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from raydisp import storage
 from raydisp.errors import CheckpointError
+from raydisp.fingerprint import Fingerprint, Fingerprinter
 
 ALLOWED_GLOBALS = {
     ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
@@ -80,8 +80,7 @@ class _HashingStream(io.RawIOBase):
     def __init__(self, raw: Any, on_error: Callable[[OSError], None]) -> None:
         self._raw = raw
         self._on_error = on_error
-        self._num_bytes = 0
-        self._sha256 = hashlib.sha256()
+        self._pieces = Fingerprinter()
 
     def writable(self) -> bool:
         return True
@@ -93,15 +92,14 @@ class _HashingStream(io.RawIOBase):
         except OSError as error:
             self._on_error(error)  # torch raises one of its own over it
             raise
-        self._sha256.update(view)
-        self._num_bytes += len(view)
+        self._pieces.add(view)
         return len(view)
 
     def tell(self) -> int:
-        return self._num_bytes
+        return self._pieces.num_bytes
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"num_bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
+    def fingerprint(self) -> Fingerprint:
+        return self._pieces.result()
 
 
 class ArrowFileSystem(FileSystemBase):
@@ -114,7 +112,7 @@ class ArrowFileSystem(FileSystemBase):
 
     def __init__(self) -> None:
         self.error: OSError | None = None
-        self.written: dict[str, dict[str, Any]] = {}
+        self.written: dict[str, Fingerprint] = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:

@@ -82,6 +82,14 @@ class PreemptedError(Exception):
         return f"stopped after step {self.step}: {self.reason}"
 
 
+class LeaseLostError(Exception):
+    """Another command has taken over the results folder: nothing more may be written to it."""
+
+
+class PlacementTimeoutError(Exception):
+    """The workers of a trial were not placed in time; its text has the numbers."""
+
+
 class UnfitProcessError(Exception):
     """A trial has ended and its row is written, but its process must not be given another trial."""
 

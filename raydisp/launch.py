@@ -8,7 +8,7 @@ import platform
 import queue
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 import raydisp
 from raydisp.agenda import Agenda
-from raydisp.cluster import Node, plan_resources
+from raydisp.capacity import Offer
+from raydisp.cluster import plan_resources, read_offer
 from raydisp.config import StudyConfig, TrialConfig
 from raydisp.dispatch import Launch
-from raydisp.errors import OutputError, RaydispError
+from raydisp.errors import OutputError, RaydispError, ResourceError
+from raydisp.placement import describe_offer, not_placed
 
 PACKAGES = (
     "torch",
@@ -38,33 +40,34 @@ PACKAGES = (
 
 
 def prepare_launch(
-    study: StudyConfig, study_dir: str, nodes: Sequence[Node], address: str | None, *, quiet: bool
+    study: StudyConfig, study_dir: str, offer: Offer, address: str | None, *, quiet: bool
 ) -> Launch:
     """Everything that the trials of a study share.
 
     Raises:
         RaydispError: the machines, the model or the data do not allow it.
     """
+    from raydisp.data import cache_folder, read_meta
     from raydisp.models import resolve_revision
 
-    where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}" if len(nodes) > 1 else "Ray"
-    plan = plan_resources(study, nodes, where=where)
-    if "://" in study.output:  # token blocks are memory-mapped: each node keeps its own
-        cache_dir = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "raydisp")
-    else:
-        cache_dir = os.path.join(study.output, ".cache")
-    cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
+    where = "Ray"
+    if len(offer.nodes) > 1 or offer.growth is not None:
+        where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}"
+    plan = plan_resources(study, offer, where=where)
+    cache_dir = cache_folder(study.output)
     revision = resolve_revision(study.model)
+    prepared = _prepare_data(study, cache_dir, quiet=quiet)
     return Launch(
         study=study,
         study_dir=study_dir,
         cache_dir=cache_dir,
         working_dir=os.getcwd(),
-        prepared=_prepare_data(study.trial, cache_dir, quiet=quiet),
+        prepared=prepared,
         model_revision=revision,
         code_version=code_version(),
         packages=package_versions(),
         plan=plan,
+        data_sha256=read_meta(prepared)["data_sha256"],
     )
 
 
@@ -77,7 +80,7 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
     if any(name.split(".")[0] in ("data", "model") for name in launch.study.search.space):
         return  # such a study compares data or models
     found = {
-        "data_sha256": data_sha256(launch),
+        "data_sha256": launch.data_sha256,
         "model_revision": launch.model_revision,
     }
     for row in [*agenda.finished, *agenda.resumed]:
@@ -91,24 +94,31 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
                 )
 
 
-def data_sha256(launch: Launch) -> str:
-    """Of the study's data."""
-    from raydisp.data import read_meta
+def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:
+    """Make the token blocks in a Ray task, or find them; returns their folder.
 
-    return str(read_meta(launch.prepared)["data_sha256"])
-
-
-def _prepare_data(trial: TrialConfig, cache_dir: str, *, quiet: bool) -> str:
-    """Make the token blocks in a Ray task, or find them; returns their folder."""
+    Raises:
+        RaydispError: the text does not allow it, or no CPU was free for it in time.
+    """
     from raydisp.data import find_prepared
 
+    trial, timeout_s = study.trial, study.resources.placement_timeout_s
     found = find_prepared(trial, cache_dir)
     if found is not None:  # a task would start a process to find the same
         return found
     task = ray.remote(num_cpus=1, max_retries=0)(_prepare).options(num_returns="streaming")
     hidden = quiet or not sys.stderr.isatty()
     with tqdm(desc="Tokenising", unit="B", unit_scale=True, delay=1, disable=hidden, leave=False) as bar:
-        for reference in task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd()):
+        told_so_far = task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd())
+        # It tells something every second once it runs.
+        begun, _ = ray.wait([told_so_far], timeout=timeout_s)
+        if not begun:
+            ray.cancel(told_so_far)
+            offer = describe_offer(read_offer(), 1, 0)
+            raise ResourceError(
+                not_placed("1 CPU, to make the token blocks,", timeout_s, offer, what="a task")
+            )
+        for reference in told_so_far:
             told = ray.get(reference)
             if isinstance(told, int):
                 bar.update(told)

@@ -365,17 +365,20 @@ def dispersion_loss(
     max_tokens: int | None = None,
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """The loss of a variant by name; settings that it does not read are checked and otherwise ignored.
 
     Args:
         hidden: [B, L, F], see the module.
         variant: a key of `VARIANTS`.
-        max_tokens: >= 2; of more tokens than that, so many positions are drawn, the same for all sequences.
-            None uses every token.
+        max_tokens: >= 2; of more tokens than that, so many positions are drawn, the same for all sequences,
+            as the authors of arXiv:2602.00217 do. None uses every token.
         mask: [B, L], applied to the drawn positions.
         generator: what the positions are drawn from; None is torch's global generator, the only one that
             `torch.compile` can trace without a graph break.
+        positions: [B, K] int64, K >= 2: each sequence's own, instead of drawing them; for `max_tokens`
+            without a generator (`raydisp.positions.draw_positions`).
     Returns:
         Scalar, mean over the sequences that have two usable tokens.
     Raises:
@@ -383,7 +386,10 @@ def dispersion_loss(
     """
     check_settings(variant, temperature=temperature, clamp=clamp, margin=margin, max_tokens=max_tokens)
     _check_tensors(hidden, mask)
-    if max_tokens is not None and max_tokens < hidden.shape[1]:
+    if positions is not None:
+        hidden = _take_tokens(hidden, positions)
+        mask = None if mask is None else mask.gather(1, positions)
+    elif max_tokens is not None and max_tokens < hidden.shape[1]:
         device = hidden.device if generator is None else generator.device
         positions = torch.randperm(hidden.shape[1], generator=generator, device=device)[:max_tokens]
         positions = positions.to(hidden.device)
@@ -392,3 +398,16 @@ def dispersion_loss(
     settings = {"temperature": temperature, "clamp": clamp, "margin": margin}
     chosen = VARIANTS[variant]
     return chosen(hidden, mask=mask, **{name: settings[name] for name in chosen.settings})
+
+
+def _take_tokens(hidden: Tensor, positions: Tensor) -> Tensor:
+    """[B, K, F]: of each sequence its own tokens."""
+    if positions.dim() != 2 or positions.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"positions has shape {list(positions.shape)}; it must be [B, K], with B = {hidden.shape[0]}."
+        )
+    num_sequences, length, _ = hidden.shape
+    starts = torch.arange(0, num_sequences * length, length, device=hidden.device)
+    # Whole rows: gather would look up every single number, and scatter it back again.
+    rows = hidden.flatten(0, 1).index_select(0, (positions + starts[:, None]).flatten())
+    return rows.unflatten(0, (num_sequences, -1))

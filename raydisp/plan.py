@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from raydisp import space
 from raydisp.agenda import Agenda, read_agenda
+from raydisp.capacity import Offer
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
 from raydisp.config import PathModel, StudyConfig
 from raydisp.corpus import CorpusSummary
-from raydisp.data import check_data
+from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary
@@ -88,13 +89,9 @@ class StudyPlan:
                 f"search.num_startup_trials = {search.startup_trials} leaves TPE none of the "
                 f"{search.num_trials} trials: the whole search is random"
             )
-        concurrent = self.resources.max_concurrent_trials if self.resources else 0
-        if search.sampler == "tpe" and search.startup_trials < concurrent:
-            found.append(
-                f"{concurrent} trials run at a time, so the first {concurrent} learn from no result and are "
-                f"as good as random, not {search.startup_trials} (search.num_startup_trials); lower "
-                "resources.max_concurrent_trials if that matters"
-            )
+        if self.resources:
+            concurrency = concurrency_warning(self.study, self.resources.max_concurrent_trials)
+            found += [concurrency] if concurrency else []
         changing = [name for name in search.space if name.startswith("data.") or name == "model.vocab_size"]
         metrics = [one.metric for one in search.objectives]
         affected = [name for name in metrics if name in ("val_loss", "val_perplexity", "train_loss")]
@@ -238,6 +235,21 @@ class StudyPlan:
         return text
 
 
+def concurrency_warning(study: StudyConfig, concurrent: int) -> str | None:
+    """What is to be said of so many trials at a time; None: nothing.
+
+    Where a cluster is joined the number is known only when the study starts.
+    """
+    search = study.search
+    if search.sampler != "tpe" or search.startup_trials >= concurrent:
+        return None
+    return (
+        f"{concurrent} trials run at a time, so the first {concurrent} learn from no result and are as good "
+        f"as random, not {search.startup_trials} (search.num_startup_trials); lower "
+        "resources.max_concurrent_trials if that matters"
+    )
+
+
 def make_plan(
     study: StudyConfig, study_dir: str, address: str | None, *, retry_failed: bool = False
 ) -> StudyPlan:
@@ -250,12 +262,12 @@ def make_plan(
     """
     resources = None
     if not joins_cluster(address):
-        resources = plan_resources(study, [this_machine()], where="this machine")
+        resources = plan_resources(study, Offer((this_machine(),)), where="this machine")
     model = model_summary(study.model, study.data.context_length)
     _check_layers(study, model)
     if isinstance(study.model, PathModel):
         load_tokenizer(study.model)
-    corpus = check_data(study.trial)
+    corpus = check_data(study.trial, cache_folder(study.output))
     agenda = read_agenda(study, study_dir, retry_failed=retry_failed)
     return StudyPlan(study, study_dir, agenda, model, corpus, resources, read_warm_starts(study))
 

@@ -59,9 +59,12 @@ class Progress:
         if self._quiet:
             return
         value = row.get(self._objective.metric)
-        told = (
-            f"{self._objective.metric} {value:.4f}" if value is not None else row.get("error_message") or ""
-        )
+        if row["status"] == "pruned":
+            told = f"stopped after {row['num_tokens']:,} of {self._tokens_per_trial:,} tokens"
+        elif value is not None:
+            told = f"{self._objective.metric} {value:.4f}"
+        else:
+            told = row.get("error_message") or f"no {self._objective.metric}"
         elapsed_s, tokens = time.monotonic() - self._started, sum(self._tokens.values())
         left = elapsed_s / tokens * (self._total * self._tokens_per_trial - tokens)
         tqdm.write(

@@ -6,29 +6,34 @@ replaces it and never doubles a row:
 
     trials/trial-00003-attempt-1.parquet     one row
     steps/trial-00003/until-00000050.parquet rows up to step 50 (evals and layers likewise)
+    trials/compact-2.parquet                 rows of many trials that have ended (`compaction`)
 
 A file appears only when it is whole (`storage`), so readers need no lock.
+
+python -m raydisp.results show DIR
+python -m raydisp.results compact DIR
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raydisp import storage
+from raydisp import parts, storage
+from raydisp.errors import OutputError
 
-logger = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = parts.SCHEMA_VERSION
 STATUSES = ("completed", "pruned", "failed", "diverged", "interrupted")
 NUM_HISTOGRAM_BINS = 128
 
@@ -43,6 +48,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "status": pa.string(),  # one of STATUSES
     "seed": pa.int64(),
     "config_json": pa.string(),  # the whole TrialConfig
+    "study_json": pa.string(),  # the whole study file, resolved
     "config_sha256": pa.string(),  # the trial's identity
     "num_steps": pa.int64(),  # really done
     "num_tokens": pa.int64(),  # really seen
@@ -127,6 +133,11 @@ LAYER_SCHEMA = pa.schema(
 
 ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEMA}
 
+MAX_READS = 50
+"""Times that a table is read anew because its files changed meanwhile."""
+MAX_MISSES = 3
+"""Times that a file is listed and then not there, until it is taken for a link to nowhere."""
+
 
 def trial_schema(searched: Mapping[str, pa.DataType]) -> pa.Schema:
     """Schema of `trials` for a study that searches these fields.
@@ -150,12 +161,32 @@ def trial_name(trial: int) -> str:
     return f"trial-{trial:05d}"
 
 
-def write_table(location: str, table: pa.Table) -> None:
-    """Write one Parquet file whole or not at all, with this version of the schema in its metadata."""
-    metadata = {**(table.schema.metadata or {}), b"raydisp.schema_version": str(SCHEMA_VERSION).encode()}
+def base_schema(name: str) -> pa.Schema:
+    """The columns that every file of a table has; one written before there was a column has nulls there."""
+    return pa.schema(list(TRIAL_COLUMNS.items())) if name == "trials" else ROW_SCHEMAS[name]
+
+
+def encode_table(table: pa.Table, *, row_group_size: int | None = None) -> bytes:
+    """A table as a Parquet file, with this version of the schema in its metadata."""
+    metadata = {**(table.schema.metadata or {}), parts.VERSION_KEY: str(SCHEMA_VERSION).encode()}
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-    storage.write_bytes(location, sink.getvalue().to_pybytes())
+    # Dictionaries and statistics of a single row only make it larger, and slower to write.
+    has_many = table.num_rows > 1
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        sink,
+        compression="zstd",
+        row_group_size=row_group_size,
+        use_dictionary=has_many,
+        write_statistics=has_many,
+    )
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def write_table(location: str, table: pa.Table) -> None:
+    """Write one Parquet file whole or not at all."""
+    storage.write_bytes(location, encode_table(table))
 
 
 def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, pa.DataType]) -> None:
@@ -164,33 +195,83 @@ def write_trial(study_dir: str, row: Mapping[str, Any], searched: Mapping[str, p
     Args:
         row: column -> value; what is left out, and any number that is not finite, becomes null.
         searched: dotted field name -> Arrow type of the columns that this study adds.
+    Raises:
+        OutputError: it cannot be written, or the row lies in a compact file: the trial has ended for good.
     """
     schema = trial_schema(searched)
     unknown = set(row) - set(schema.names)
     assert not unknown, f"not columns of trials: {sorted(unknown)}"
     clean = {name: _null_if_not_finite(row.get(name)) for name in schema.names}
-    name = f"{trial_name(row['trial'])}-attempt-{row['attempt']}.parquet"
-    write_table(storage.join(study_dir, "trials", name), pa.Table.from_pylist([clean], schema=schema))
+    place = _attempt_place(study_dir, row["trial"], row["attempt"])
+    if not storage.exists(place):
+        ended = _compacted_rows(study_dir, row["trial"])
+        if any(other["attempt"] == row["attempt"] for other in ended):
+            raise OutputError(
+                f"trial {row['trial']}, attempt {row['attempt']} has ended and its row lies in a compact "
+                f"file of {storage.join(study_dir, 'trials')}; it is not written again"
+            )
+    write_table(place, pa.Table.from_pylist([clean], schema=schema))
 
 
 def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | None:
-    """The row of one attempt; None if it has not been written."""
-    filesystem, path = storage.resolve(
-        storage.join(study_dir, "trials", f"{trial_name(trial)}-attempt-{attempt}.parquet")
-    )
+    """The row of one attempt; None if there is none, or its file cannot be read (a warning tells)."""
     try:
-        with filesystem.open_input_file(path) as file:
-            return pq.ParquetFile(file).read().to_pylist()[0]
+        return _read_attempt(study_dir, trial, attempt)
     except FileNotFoundError:
-        return None
+        rows = [row for row in _compacted_rows(study_dir, trial) if row["attempt"] == attempt]
+        return rows[0] if rows else None
 
 
 def read_attempts(study_dir: str, trial: int) -> list[dict[str, Any]]:
-    """The rows of all attempts of a trial, in order."""
-    rows: list[dict[str, Any]] = []
-    while (row := read_trial(study_dir, trial, len(rows) + 1)) is not None:
-        rows.append(row)
-    return rows
+    """The rows of all attempts of a trial, in order, without those that cannot be read (a warning tells)."""
+    try:
+        first = _read_attempt(study_dir, trial, 1)
+        rows = [first] if first is not None else []
+        attempt = 2
+    except FileNotFoundError:
+        rows = _compacted_rows(study_dir, trial)
+        attempt = rows[-1]["attempt"] + 1 if rows else 2
+    while True:
+        try:
+            row = _read_attempt(study_dir, trial, attempt)
+        except FileNotFoundError:
+            return rows
+        if row is not None:
+            rows.append(row)
+        attempt += 1
+
+
+def _attempt_place(study_dir: str, trial: int, attempt: int) -> str:
+    return storage.join(study_dir, "trials", f"{trial_name(trial)}-attempt-{attempt}.parquet")
+
+
+def _read_attempt(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | None:
+    place = _attempt_place(study_dir, trial, attempt)
+    table = parts.read_part(place, base_schema("trials"))
+    if table is None:
+        return None
+    rows: list[dict[str, Any]] = table.to_pylist()
+    if len(rows) != 1 or (rows[0]["trial"], rows[0]["attempt"]) != (trial, attempt):
+        parts.leave_out(place, f"it does not hold the row of trial {trial}, attempt {attempt}")
+        return None
+    return rows[0]
+
+
+def _compacted_rows(study_dir: str, trial: int) -> list[dict[str, Any]]:
+    """Rows of a trial that lie in compact files, by attempt."""
+    folder = storage.join(study_dir, "trials")
+    for _ in range(MAX_READS):
+        rows: list[dict[str, Any]] = []
+        try:
+            journal = parts.read_journal(folder)
+            for name in parts.compact_files(folder, journal):
+                table = parts.read_part(storage.join(folder, name), base_schema("trials"), trial=trial)
+                rows.extend(table.to_pylist() if table is not None else [])
+        except FileNotFoundError:  # renamed or replaced since it was listed
+            continue
+        if parts.read_journal(folder) == journal:
+            return sorted(rows, key=lambda row: row["attempt"])
+    raise _changes_too_fast(folder)
 
 
 def now() -> datetime.datetime:
@@ -237,11 +318,17 @@ class RowWriter:
 
 def _drop_files_after(folder: str, step: int) -> None:
     """Delete the files of later steps; of all, where the trial starts over at step 0."""
-    filesystem, path = storage.resolve(folder)
-    for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
-        match = re.fullmatch(r"until-(\d+)\.parquet", info.base_name)
+    for name in storage.list_files(folder):
+        match = re.fullmatch(r"until-(\d+)\.parquet", name)
         if match is None or step == 0 or int(match[1]) > step:
-            filesystem.delete_file(info.path)
+            storage.delete_file(storage.join(folder, name))
+
+
+def finish_compaction(study_dir: str) -> None:
+    """Bring a compaction that was cut short to its end. Call it while holding the folder's lease."""
+    from raydisp.compaction import finish
+
+    finish(study_dir)
 
 
 # --- reading -------------------------------------------------------------------------------------------
@@ -276,48 +363,80 @@ def read_tables(study_dir: str) -> Tables:
 def read_table(study_dir: str, name: str, *, trial: int | None = None) -> pa.Table:
     """Read one of the datasets, sorted by trial, attempt and, where there is one, step.
 
+    Every row is there once, whatever a compaction is doing meanwhile.
+
     Args:
         trial: read the rows of this one alone (not of `trials`).
     """
-    base = pa.schema(list(TRIAL_COLUMNS.items())) if name == "trials" else ROW_SCHEMAS[name]
-    folder = [name] if trial is None else [name, trial_name(trial)]
-    tables = list(_read_files(storage.join(study_dir, *folder), base))
-    if not tables:
-        return base.empty_table()
-    table = pa.concat_tables(tables, promote_options="default")
-    keys = [key for key in ("trial", "attempt", "step", "layer") if key in table.column_names]
-    return table.sort_by([(key, "ascending") for key in keys])
+    folder = storage.join(study_dir, name)
+    misses: Counter[str] = Counter()
+    for tries in range(MAX_READS):
+        table = _read_at_once(folder, name, trial, misses)
+        if table is not None:
+            keys = [key for key in ("trial", "attempt", "step", "layer") if key in table.column_names]
+            return _sorted(table, keys)
+        time.sleep(0.005 * (tries + 1))
+    raise _changes_too_fast(folder)
 
 
-def _read_files(folder: str, base: pa.Schema) -> Iterator[pa.Table]:
-    filesystem, path = storage.resolve(folder)
-    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
-    for info in sorted(filesystem.get_file_info(selector), key=lambda info: info.path):
-        if info.type != pafs.FileType.File or not info.base_name.endswith(".parquet"):
-            continue
+def _read_at_once(folder: str, name: str, trial: int | None, misses: Counter[str]) -> pa.Table | None:
+    """The rows of a table; None if its files were replaced while they were read.
+
+    Args:
+        misses: counts, over the tries, the files that were listed and then not there.
+    """
+    base = base_schema(name)
+    journal = parts.read_journal(folder)
+    files = parts.current_files(folder, journal, below="" if trial is None else trial_name(trial))
+
+    def read(file: str) -> pa.Table | None:
         try:
-            with filesystem.open_input_file(info.path) as file:
-                table = pq.ParquetFile(file).read()
+            return parts.read_part(storage.join(folder, file), base, trial=trial)
         except FileNotFoundError:
-            continue  # replaced by a writer since it was listed
-        except (OSError, pa.ArrowException) as error:
-            logger.warning("%s is left out: it is not a whole Parquet file (%s)", info.path, error)
-            continue
-        missing = [field for field in base if field.name not in table.column_names]
-        if missing and b"raydisp.schema_version" not in (table.schema.metadata or {}):
-            names = ", ".join(field.name for field in missing)
-            logger.warning("%s is left out: it has no column %s", info.path, names)
-            continue
-        for field in missing:  # written before there was this column
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-        yield table.replace_schema_metadata(None)
+            misses[file] += 1
+            if misses[file] < MAX_MISSES:
+                raise
+            parts.leave_out(storage.join(folder, file), "it is listed, but not there")
+            return None
+
+    try:
+        tables = parts.in_parallel(read, files)
+    except FileNotFoundError:
+        return None
+    if parts.read_journal(folder) != journal:
+        return None
+    found = [(file, table) for file, table in zip(files, tables, strict=True) if table is not None]
+    return parts.unite([(storage.join(folder, file), table) for file, table in found], base)[0]
+
+
+def _changes_too_fast(folder: str) -> OutputError:
+    return OutputError(f"{folder} changes faster than it can be read; try again")
+
+
+def _sorted(table: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """Sorted by columns of whole numbers; a compact file is already."""
+    if table.num_rows < 2:
+        return table
+    columns = [table[key].fill_null(-1).to_numpy() for key in keys]
+    order = np.lexsort(columns[::-1])
+    return table if (np.diff(order) == 1).all() else table.take(pa.array(order))
 
 
 def latest_attempts(attempts: pa.Table) -> pa.Table:
     """One row per trial, that of its highest attempt, sorted by trial."""
     if attempts.num_rows == 0:
         return attempts
-    numbered = attempts.append_column("_row", pa.array(range(attempts.num_rows), pa.int64()))
-    ordered = numbered.sort_by([("trial", "ascending"), ("attempt", "ascending")])
-    last = ordered.group_by("trial", use_threads=False).aggregate([("_row", "last")])
-    return attempts.take(last["_row_last"]).sort_by("trial")
+    ordered = _sorted(attempts, ["trial", "attempt"])
+    trials = ordered["trial"].fill_null(-1).to_numpy()
+    return ordered.take(pa.array(np.flatnonzero(np.append(np.diff(trials) != 0, True))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    from raydisp import results_command
+
+    return results_command.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

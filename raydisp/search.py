@@ -25,13 +25,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydisp import results, retries, space, storage, tidy
 from raydisp.agenda import Agenda, Row
-from raydisp.cluster import DRIVER_RESOURCES, Plan
+from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
 from raydisp.curves import Point, of_metric, read_curves
 from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError, PreemptedError, UnfitProcessError
 from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.optuna_study import OptunaStudy
+from raydisp.placement import PlacementWatch, describe_offer
 from raydisp.stopping import StopRule, full_tokens
 from raydisp.warm_start import WarmStart
 from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
@@ -39,6 +40,7 @@ from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_tr
 logger = logging.getLogger(__name__)
 
 RunTrial = Callable[[Assignment, Report], Row]
+OnResult = Callable[[Mapping[str, Any]], None]
 
 
 class StudySearcher(Searcher):
@@ -50,16 +52,24 @@ class StudySearcher(Searcher):
         optuna_study: OptunaStudy,
         *,
         close_stop_rule: Callable[[int, str], None] = lambda trial, status: None,
+        taken_over: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Args:
+        close_stop_rule: told of each trial that ends, with its status.
+        taken_over: whether another command has the results folder now: nothing more is written.
+        """
         super().__init__()
         self._dispatcher = dispatcher
         self._optuna = optuna_study
         self._close_stop_rule = close_stop_rule
         self.running: dict[str, Assignment] = {}
+        self._taken_over = taken_over
         self.stopped = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next assignment as a dictionary; None: none as yet; or that there will be none."""
+        if self._taken_over():
+            return None if self.running else Searcher.FINISHED
         assignment = self._dispatcher.next()
         if assignment is None:
             # One that runs now may have to go on in another process, or leave something of the budget.
@@ -81,7 +91,7 @@ class StudySearcher(Searcher):
     ) -> None:
         """Close a trial by its row, or put it up again; a lost process gets a row that says so."""
         assignment = self.running.pop(trial_id, None)
-        if assignment is None:
+        if assignment is None or self._taken_over():
             return
         attempts = results.read_attempts(assignment.study_dir, assignment.trial)
         begun = attempts[-1] if attempts and attempts[-1]["attempt"] >= assignment.attempt else None
@@ -156,8 +166,9 @@ def run_search(
     agenda: Agenda,
     *,
     warm_starts: Sequence[WarmStart] = (),
-    on_result: Callable[[Mapping[str, Any]], None],
+    on_result: OnResult,
     on_finished: Callable[[Row], None],
+    taken_over: Callable[[], bool] = lambda: False,
     run: RunTrial = run_trial,
 ) -> str | None:
     """Run what is left of a search on the Ray that is running.
@@ -166,11 +177,13 @@ def run_search(
         warm_starts: trials of other studies that the sampler knows from the start.
         on_result: called with what a running trial reports: trial, step, num_tokens, val_loss, elapsed_s.
         on_finished: called with the row of each trial that ends.
+        taken_over: whether another command has the results folder now.
         run: trains one trial in its process and returns its row.
     Returns:
         Why the search ended before its number of trials; None: it did not.
     Raises:
         KeyboardInterrupt: the user stopped it.
+        OutputError: another command has taken over the results folder.
     """
     study = launch.study
     curves = read_curves(results.read_table(launch.study_dir, "evals"), before_tokens=full_tokens(study))
@@ -192,7 +205,9 @@ def run_search(
             close_stop_rule=(lambda trial, status: rule[0].close.remote(trial, status))
             if rule is not None
             else (lambda trial, status: None),
+            taken_over=taken_over,
         )
+        watch = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
         tuner = tune.Tuner(
             tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
             tune_config=tune.TuneConfig(
@@ -206,7 +221,7 @@ def run_search(
                 name="tune",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Results(searcher, on_result)],
+                callbacks=[_Events(launch.plan, watch, searcher, on_result)],
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
@@ -215,8 +230,14 @@ def run_search(
                 tuner.fit()
         finally:
             optuna_study.close()
-            optuna_study.try_snapshot(launch.study_dir)
-            storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+            if not taken_over():
+                optuna_study.try_snapshot(launch.study_dir)
+                storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+        if taken_over():
+            raise OutputError(
+                f"{launch.study_dir} was taken over by another command, because this one had given no sign "
+                "of life for too long; it goes on there"
+            )
         if searcher.stopped:
             raise KeyboardInterrupt
         return dispatcher.over
@@ -279,19 +300,30 @@ def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[
 def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:
     """A trial of one worker trains in its own process; one of several only waits in it for Ray Train."""
     if plan.num_workers > 1:
-        return tune.PlacementGroupFactory([dict(DRIVER_RESOURCES)])
+        return tune.PlacementGroupFactory([dict(plan.driver_resources)])
     bundle = {"CPU": plan.cpus_per_worker}
     if plan.gpus_per_worker:
         bundle["GPU"] = plan.gpus_per_worker
     return tune.PlacementGroupFactory([bundle])
 
 
-class _Results(tune.Callback):
-    """Passes on what running trials report."""
+class _Events(tune.Callback):
+    """Passes on what running trials report, and sees to it that none waits for its place for ever."""
 
-    def __init__(self, searcher: StudySearcher, on_result: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self, plan: Plan, watch: PlacementWatch, searcher: StudySearcher, on_result: OnResult
+    ) -> None:
+        self._plan = plan
+        self._watch = watch
         self._searcher = searcher
         self._on_result = on_result
+
+    def on_step_begin(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
+        states = {trial.status for trial in trials}
+        pending, running = "PENDING" in states, "RUNNING" in states
+        if self._watch.saw(pending=pending, running=running, now=time.monotonic()):
+            offer = describe_offer(read_offer(), self._plan.cpus_per_worker, self._plan.gpus_per_worker)
+            raise self._watch.error(offer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy that nobody reads; a progress bar cannot be in it

@@ -95,6 +95,11 @@ class Recorded:
     def __len__(self) -> int:
         return len(self.points) - sum(self._baseline)
 
+    def finals(self, column: str) -> list[float]:
+        """A column of the recorded search trials."""
+        values = zip(self._finals[column].tolist(), self._baseline, strict=True)
+        return [value for value, baseline in values if not baseline and math.isfinite(value)]
+
     def describe(self, study: StudyConfig) -> str:
         """One line: what is replayed."""
         return (

@@ -7,15 +7,15 @@ skip (`_tmp-...`), flushed to the disk, and renamed. Object stores show an objec
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import logging
 import os
-import socket
 import uuid
-from collections.abc import Iterator
 
 import pyarrow.fs as pafs
 
 from raydisp.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
@@ -103,32 +103,113 @@ def read_bytes(location: str) -> bytes:
         raise OutputError(f"{location} cannot be read: {error.strerror or error}") from None
 
 
-@contextlib.contextmanager
-def exclusive(folder: str) -> Iterator[None]:
-    """Hold a local folder for this process alone; the lock ends with the process, however it ends.
+def list_files(location: str, *, recursive: bool = True) -> list[str]:
+    """Paths below a folder, relative to it and sorted, without hidden ones; [] without a folder.
 
-    Object stores have no such lock; there it does nothing.
+    A folder in it that cannot be read is named in a warning. One whose name ends in `.parquet` is listed too,
+    so that a reader can say what it is.
+    """
+    found = _all_files(location, recursive=recursive)
+    return sorted(name for name in found if not any(part[:1] in ("_", ".") for part in name.split("/")))
+
+
+def list_leftovers(location: str) -> list[str]:
+    """Names in a folder that `list_files` leaves out."""
+    return sorted(name for name in _all_files(location, recursive=False) if name[:1] in ("_", "."))
+
+
+def _all_files(location: str, *, recursive: bool) -> list[str]:
+    filesystem, path = resolve(location)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return _walk(path, recursive=recursive)  # Arrow would ask for the size of each file
+    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    return [
+        info.path.removeprefix(path).lstrip("/")
+        for info in filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.File
+    ]
+
+
+def _walk(path: str, *, recursive: bool) -> list[str]:
+    def tell(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            logger.warning("%s cannot be read and is left out: %s", error.filename, error.strerror)
+
+    found: list[str] = []
+    for folder, folders, files in os.walk(path, onerror=tell):
+        below = os.path.relpath(folder, path)
+        prefix = "" if below == "." else f"{below}/"
+        odd = [name for name in folders if name.endswith(".parquet")]
+        found.extend(prefix + name for name in [*files, *odd])
+        if not recursive:
+            break
+    return found
+
+
+def delete_file(location: str) -> None:
+    """Remove a file; nothing happens where there is none.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: it cannot be removed.
     """
-    filesystem, path = resolve(folder)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        yield
+    filesystem, path = resolve(location)
+    try:
+        filesystem.delete_file(path)
+    except (FileNotFoundError, NotADirectoryError):
         return
-    filesystem.create_dir(path, recursive=True)
-    with open(os.path.join(path, ".lock"), "a+") as file:
+    except OSError as error:
+        raise OutputError(f"{location} cannot be removed: {error.strerror or error}") from None
+
+
+def rename(location: str, new: str) -> None:
+    """Give a file another name, replacing what has it; on an object store it is copied and removed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OutputError: it cannot be renamed.
+    """
+    filesystem, path = resolve(location)
+    try:
+        filesystem.move(path, resolve(new)[1])
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{location} cannot be renamed: {error.strerror or error}") from None
+
+
+def sync_folder(location: str) -> None:
+    """Make the names in a local folder survive a loss of power; object stores need nothing."""
+    filesystem, path = resolve(location)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise OutputError(
-                f"{folder} is in use by another raydisp ({file.read().strip()}); wait for it or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_empty_folders(location: str) -> None:
+    """Remove the empty folders right below a local folder; object stores have none."""
+    filesystem, path = resolve(location)
+    if isinstance(filesystem, pafs.LocalFileSystem) and os.path.isdir(path):
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError):  # not empty
+                    os.rmdir(entry.path)
+
+
+def file_size(location: str) -> int | None:
+    """Bytes of a file; None where there is none."""
+    filesystem, path = resolve(location)
+    info = filesystem.get_file_info(path)
+    return int(info.size) if info.type == pafs.FileType.File else None
+
+
+def modified_at(location: str) -> float | None:
+    """When a file was written, in seconds by the clock of the place that keeps it; None without a file."""
+    filesystem, path = resolve(location)
+    info = filesystem.get_file_info(path)
+    return None if info.mtime_ns is None else info.mtime_ns / 1e9
 
 
 def delete_dir(location: str) -> None:

@@ -119,7 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
         plan = dataclasses.replace(plan, agenda=agenda)
         over = None
         if agenda.num_trials:
-            over = _run_trials(study, study_dir, plan, held.id, arguments)
+            over = _run_trials(study, study_dir, plan, held, arguments)
         else:
             _say(arguments, f"All {study.search.num_trials} search trials and the baseline are done already.")
         return _conclude(study, study_dir, over)
@@ -177,29 +177,31 @@ def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
 
 
 def _run_trials(
-    study: StudyConfig, study_dir: str, plan: StudyPlan, lease_id: str, arguments: argparse.Namespace
+    study: StudyConfig, study_dir: str, plan: StudyPlan, held: lease.Lease, arguments: argparse.Namespace
 ) -> str | None:
     """Run what is left; returns why the search ended before its number of trials, if it did."""
     from raydisp import cluster
-    from raydisp.launch import data_sha256, prepare_launch, refuse_other_content
+    from raydisp.launch import prepare_launch, refuse_other_content
     from raydisp.progress import Progress
 
     _say(arguments, plan.headline())
     with (
         cluster.running_ray(
             arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
-        ) as nodes,
+        ) as offer,
         terminate_as_interrupt(),  # again: Ray has set a handler of its own
     ):
         from raydisp.search import run_search
 
-        launch = prepare_launch(study, study_dir, nodes, arguments.address, quiet=arguments.quiet)
-        launch = dataclasses.replace(launch, lease=lease_id)
+        launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
+        launch = dataclasses.replace(launch, lease=held.id)
         refuse_other_content(launch, plan.agenda)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
         _say(arguments, f"Running {launch.plan.describe()}.")
-        warm_starts = read_warm_starts(study, data_sha256(launch))
+        for warning in dataclasses.replace(plan, resources=launch.plan).warnings():
+            _say(arguments, f"Warning: {warning}.")
+        warm_starts = read_warm_starts(study, launch.data_sha256)
         for warm_start in warm_starts:
             _say(arguments, f"Warm start: {warm_start.describe()}.")
         with Progress(study, plan, quiet=arguments.quiet) as progress:
@@ -209,6 +211,7 @@ def _run_trials(
                 warm_starts=warm_starts,
                 on_result=progress.on_result,
                 on_finished=progress.on_finished,
+                taken_over=held.lost.is_set,
             )
 
 

@@ -34,8 +34,8 @@ from raydisp.parallel import (
     parallelise,
     seed_step,
 )
+from raydisp.positions import draw_positions
 from raydisp.precision import LossScale, make_autocast, resolve_precision, use_tf32
-from raydisp.seeds import derive_seed
 
 MAX_SKIPPED_IN_A_ROW = 100
 """Steps without a finite gradient, one after the other, that `on_nonfinite: skip_step` bears: a model whose
@@ -421,13 +421,18 @@ def accumulate_gradients(
             lm_sum = token_losses(output.logits, input_ids).sum() / (context_length - 1)
             objective = lm_sum
             if term is not None:
-                # One generator state per step: the positions drawn are the same in every micro-batch and on
-                # every worker.
-                generator = None
-                if term.max_tokens is not None:
-                    generator = torch.Generator(device=layout.device)
-                    generator.manual_seed(derive_seed("dispersion", trial.seed, step))
-                dispersion_sum = term.loss(generator=generator) * len(micro_batch)
+                positions = None
+                if term.max_tokens is not None and term.max_tokens < context_length:
+                    first = layout.rank * len(batch) + index * micro_sequences
+                    positions = draw_positions(
+                        torch.arange(first, first + len(micro_batch), device=layout.device),
+                        num_layers=len(term.layers),
+                        length=context_length,
+                        max_tokens=term.max_tokens,
+                        seed=trial.seed,
+                        step=step,
+                    )
+                dispersion_sum = term.loss(positions=positions) * len(micro_batch)
                 objective = objective + term.weight * dispersion_sum
                 totals[1] += dispersion_sum.detach().double()
             totals[0] += lm_sum.detach().double()

@@ -71,6 +71,8 @@ def _read(study: StudyConfig, origin: str, data_sha256: str | None) -> WarmStart
 
 
 def _why_not(study: StudyConfig, row: Row, data_sha256: str | None) -> str | None:
+    if row["arm"] == "baseline":
+        return "baseline"
     if row["status"] != "completed":
         return "not completed"
     if any(

@@ -22,9 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import results, retries, space, storage, tidy
+from raydisp import lease, results, retries, space, storage, tidy
+from raydisp.capacity import describe_workers
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
-from raydisp.errors import ConfigError, DivergedError, OutOfMemoryError, OutputError, PreemptedError
+from raydisp.errors import (
+    ConfigError,
+    DivergedError,
+    LeaseLostError,
+    OutOfMemoryError,
+    OutputError,
+    PlacementTimeoutError,
+    PreemptedError,
+    ResourceError,
+)
 from raydisp.layers import resolve_layers
 from raydisp.studyfile import explain
 
@@ -65,6 +75,8 @@ class Assignment:
     packages: dict[str, str]
     stop_rule: dict[str, str] | None = None
     """Name and namespace of the actor that says whether the trial goes on, and the metric that it watches."""
+    data_sha256: str | None = None
+    """Of the study's data; a trial that varies them finds out its own."""
     lease: str | None = None
     """Of the results folder, while this study holds it."""
 
@@ -96,17 +108,21 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
         report: called with metrics after each evaluation.
     Returns:
         The row as written: `interrupted` if the trial is to go on with another attempt.
+    Raises:
+        LeaseLostError: another command has taken over the results folder; nothing is written.
     """
     if os.path.isdir(assignment.working_dir):
         os.chdir(assignment.working_dir)
     study = StudyConfig.model_validate(assignment.study)
     searched = space.column_types(study)
     started = time.time()
+    _refuse_if_taken_over(assignment)
     row = blank_row(assignment, study, started)
     context_length = field_of(json.loads(row["config_json"]), "data.context_length")
     earlier: list[dict[str, Any]] = []
     try:
-        earlier = results.read_attempts(assignment.study_dir, assignment.trial)[: assignment.attempt - 1]
+        known = results.read_attempts(assignment.study_dir, assignment.trial)
+        earlier = [attempt for attempt in known if attempt["attempt"] < assignment.attempt]
         # There from the start: whatever is killed from now on, the study knows what to go on with.
         results.write_trial(assignment.study_dir, row, searched)
         trial = _combined(study, assignment.values)
@@ -122,12 +138,15 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
                 row[name] = space.column_value(in_the_words_of(trial, name, used), column)
         row.update(outcome)
     except Exception as error:
+        if isinstance(_root_cause(error)[0], LeaseLostError):
+            raise  # the row is another command's by now
         tokens_per_step = field_of(json.loads(row["config_json"]), "train.global_batch_tokens")
         row.update(describe_failure(error, tokens_per_step))
         max_failures = study.failures.max_failures
         if retries.goes_on([*earlier, row], context_length=context_length, max_failures=max_failures):
             row["status"] = "interrupted"
     row["ended_at"] = _utc(time.time())
+    _refuse_if_taken_over(assignment)
     try:
         results.write_trial(assignment.study_dir, row, searched)
         # A trial that has ended for good needs its checkpoints no more.
@@ -165,11 +184,13 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "status": "interrupted",
         "seed": trial.seed,
         "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
+        "study_json": json.dumps(assignment.study, sort_keys=True),
         "world_size": study.resources.num_workers,
         "strategy": trial.train.strategy,
         "error_type": None,
         "hostname": socket.gethostname(),
-        "model_revision": assignment.model_revision,
+        "data_sha256": None if _varies(assignment, "data", "model") else assignment.data_sha256,
+        "model_revision": None if _varies(assignment, "model") else assignment.model_revision,
         "code_version": assignment.code_version,
         "packages_json": json.dumps(assignment.packages, sort_keys=True),
         "started_at": _utc(started),
@@ -178,6 +199,11 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
     for name, column in space.column_types(study).items():
         row[name] = space.column_value(values.get(name), column)
     return row
+
+
+def _varies(assignment: Assignment, *parts: str) -> bool:
+    """Whether the trial differs from its study in any field of these parts."""
+    return any(name.split(".")[0] in parts for name in assignment.values)
 
 
 def in_the_words_of(trial: TrialConfig, name: str, used: Mapping[str, Any]) -> Any:
@@ -230,14 +256,18 @@ def _train_distributed(
     # the workers every 2 s by default, and each report and the end of a trial wait for that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    # One wait of the length that the study says, instead of Ray's many without end.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(study.resources.placement_timeout_s)
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
     from ray.tune.integration.ray_train import TuneReportCallback
+
+    from raydisp.lean_trainer import LeanTrainer
 
     resources = {"CPU": study.resources.cpus_per_worker}
     if assignment.gpus_per_worker:
         resources["GPU"] = assignment.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = LeanTrainer(
         _ray_train_worker,
         train_loop_config={
             "assignment": dataclasses.asdict(assignment),
@@ -256,14 +286,35 @@ def _train_distributed(
             storage_path=storage.join(assignment.study_dir, ".ray"),
             callbacks=[TuneReportCallback()],
             # What is tried again is settled in `retries`, for both ways of placing a trial, and is a row.
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
         ),
     )
-    outcome = trainer.fit().return_value
+    try:
+        outcome = trainer.fit().return_value
+    except ControllerError as error:  # before the workers ran
+        raise _not_begun(error.controller_failure, assignment, study) from error
     assert isinstance(outcome, dict), "the main worker returns the outcome"
     if "preempted" in outcome:
         raise PreemptedError(*outcome["preempted"])
     return outcome
+
+
+def _not_begun(failure: Exception, assignment: Assignment, study: StudyConfig) -> Exception:
+    """Why Ray Train did not start a trial's workers, in our words where it is a matter of place."""
+    from raydisp.cluster import read_offer
+    from raydisp.placement import describe_offer, not_placed
+
+    kind = type(failure).__name__
+    if kind not in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
+        return failure
+    wanted, gpus = study.resources, assignment.gpus_per_worker
+    needs = describe_workers(wanted.num_workers, wanted.cpus_per_worker, gpus)
+    offer = describe_offer(read_offer(), wanted.cpus_per_worker, gpus)
+    if kind == "InsufficientClusterResourcesError":
+        return ResourceError(f"resources: a trial of {needs} can never be placed; {offer}")
+    return PlacementTimeoutError(not_placed(needs, wanted.placement_timeout_s, offer))
 
 
 def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -315,13 +366,14 @@ def train_share(
     if layout.device.type == "cpu":
         torch.set_num_threads(max(1, int(study.resources.cpus_per_worker)))
     # The study has made its data and pinned its model once; a trial that varies them makes its own.
-    varied = {name.split(".")[0] for name in assignment.values}
     folder = assignment.prepared
     # Without a shared file system the study's folder is on another node.
-    if varied & {"data", "model"} or not os.path.isdir(folder):
+    if _varies(assignment, "data", "model") or not os.path.isdir(folder):
         folder = data.prepare(trial, assignment.cache_dir)
     meta = data.read_meta(folder)
-    revision = models.resolve_revision(trial.model) if "model" in varied else assignment.model_revision
+    revision = assignment.model_revision
+    if _varies(assignment, "model"):
+        revision = models.resolve_revision(trial.model)
     model = models.build_model(
         trial.model,
         context_length=trial.data.context_length,
@@ -332,13 +384,18 @@ def train_share(
         revision=revision,
     )
     identity = f"{trial.sha256} on data {meta['data_sha256']} from model {revision}"
-    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout)
+    timeout_s = study.failures.collective_timeout_s
+    checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout, timeout_s=timeout_s)
     resume_from = checkpoints.find()
     resumed_step = resume_from.step if resume_from else 0
     rows = None
     if layout.is_main:
-        rows = results.RowWriter(
-            assignment.study_dir, assignment.trial, assignment.attempt, resumed_step=resumed_step
+        _refuse_if_taken_over(assignment)
+        rows = _GuardedRows(
+            assignment,
+            results.RowWriter(
+                assignment.study_dir, assignment.trial, assignment.attempt, resumed_step=resumed_step
+            ),
         )
     first_step_at: list[float] = []
     result = train(
@@ -376,6 +433,31 @@ def train_share(
         "model_revision": revision,
         "used": result.used,
     }
+
+
+def _refuse_if_taken_over(assignment: Assignment) -> None:
+    """A process that outlives its study, cut off from it, must not write into what another one goes on with.
+
+    Raises:
+        LeaseLostError: another command holds the results folder.
+    """
+    if assignment.lease is not None and not lease.still_held(assignment.study_dir, assignment.lease):
+        raise LeaseLostError(f"{assignment.name} ends: its study no longer holds {assignment.study_dir}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _GuardedRows:
+    """Rows that are written only while the trial's study holds its folder."""
+
+    assignment: Assignment
+    writer: results.RowWriter
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        self.writer.add(table, row)
+
+    def flush(self, step: int) -> None:
+        _refuse_if_taken_over(self.assignment)
+        self.writer.flush(step)
 
 
 def _must_stop(assignment: Assignment) -> Callable[[dict[str, Any]], bool] | None:
@@ -435,6 +517,8 @@ def describe_failure(error: BaseException, tokens_per_step: int) -> dict[str, An
 def _kind_and_message(cause: BaseException, trace: str) -> tuple[str, str]:
     """What ended an attempt, in a word and a sentence; the words of `retries.LOST` are ours."""
     told = str(cause).strip() or type(cause).__name__
+    if isinstance(cause, PlacementTimeoutError):
+        return "PlacementTimeout", told
     first_line = told.splitlines()[0]
     if _is_collective(cause, trace):
         if re.search(r"timed? ?out", told, re.IGNORECASE):

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from raydisp import distcp
-from raydisp.checkpoint import CheckpointFolder, _fingerprint
+from raydisp import distcp, fingerprint
+from raydisp.checkpoint import CheckpointFolder
 from raydisp.errors import CheckpointError, OutputError
 from raydisp.parallel import Layout
 
@@ -86,6 +86,24 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     again = CheckpointFolder(str(tmp_path), "a")
     save(again, 8, 1.5)
     assert steps_of(tmp_path) == [7, 8], "values are remembered from attempt to attempt"
+
+
+def test_a_step_that_is_whole_is_not_written_again(tmp_path: Path) -> None:
+    """A process that goes on from it and must leave at once would have to delete it first."""
+    save(CheckpointFolder(str(tmp_path), "a"), 4)
+    place = tmp_path / "step-00000004" / "COMPLETE"
+    written = place.stat().st_mtime_ns
+    folder = CheckpointFolder(str(tmp_path), "a")
+    folder.find()
+    save(folder, 4)
+    assert place.stat().st_mtime_ns == written
+    save(folder, 5)
+    save(folder, 5)
+    flip(tmp_path / "step-00000005" / "__0_0.distcp")
+    found = folder.find()
+    assert found is None, "4 was dropped for 5"
+    save(folder, 5)
+    check_loads(folder, 5)
 
 
 def truncate(path: Path) -> None:
@@ -170,7 +188,7 @@ def forge(folder: Path, name: str, content: bytes) -> None:
     """Replace a file as someone with access to the folder would: the marker agrees."""
     (folder / name).write_bytes(content)
     marker = json.loads((folder / "COMPLETE").read_text())
-    marker[name] = _fingerprint(content)
+    marker[name] = fingerprint.of_content(content)._asdict()
     (folder / "COMPLETE").write_text(json.dumps(marker))
 
 

@@ -239,7 +239,10 @@ def test_a_study_yaml_that_is_none(
 
 def test_changed_data_are_refused(study: StudyConfig, done: Path, tmp_path: Path) -> None:
     prepared = data.prepare(study.trial, str(tmp_path / "cache"))
-    launch = Launch(study, str(done), "", "", prepared, "abc", "0", {}, Plan(1, 1.0, 0.0, 1))
+    found = data.read_meta(prepared)["data_sha256"]
+    launch = Launch(
+        study, str(done), "", "", prepared, "abc", "0", {}, Plan(1, 1.0, 0.0, 1), data_sha256=found
+    )
     agenda = read_agenda(study, str(done))
     refuse_other_content(launch, agenda)  # rows that do not know their data are left alone
     agenda.finished[1]["data_sha256"] = data.read_meta(prepared)["data_sha256"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from raydisp import condensation
@@ -221,6 +224,25 @@ def test_trend_is_none_where_it_is_undefined() -> None:
     assert depth_trend(torch.tensor([0.1, 0.1, 0.2])).kendall == pytest.approx(2 / math.sqrt(6))  # tau-b
 
 
+@pytest.mark.parametrize("digits", [1, 12])
+def test_the_trend_is_scipys(digits: int) -> None:
+    """Rounded to one digit, most means have equals."""
+    source = np.random.RandomState(0)
+    for length in [*range(2, 14), 81]:
+        means = np.round(source.uniform(size=length), digits).tolist()
+        if min(means) == max(means):
+            continue
+        index = range(length)
+        expected = (stats.spearmanr(index, means).statistic, stats.kendalltau(index, means).statistic)
+        assert depth_trend(means) == pytest.approx(expected, rel=1e-12, abs=1e-12)  # sums near 0
+
+
+def test_measuring_does_not_load_scipys_statistics() -> None:
+    """They take as long to import as several evaluations."""
+    code = "import sys, raydisp.train; sys.exit('scipy.stats' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(("count", "expected"), [(1, 5.0), (2, 4.5), (5, 3.0), ("half", 4.0)])
 def test_last_layers_mean(count: Any, expected: float) -> None:
     assert last_layers_mean([1.0, 2.0, 3.0, 4.0, 5.0], count) == expected  # half of 5 states: 3
@@ -328,3 +350,19 @@ def test_bad_input_is_refused(call: Any, message: str) -> None:
 def test_bins_are_the_documented_128() -> None:
     assert condensation.NUM_BINS == 128
     assert cosine_histogram(states()).shape == (3, 128)
+
+
+def test_a_diverged_model_has_no_condensation() -> None:
+    """One row that is not a number makes the means so, and its pairs are not counted; nothing is raised."""
+    hidden = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
+    hidden[1][1, 2] = torch.nan
+    accumulator = CondensationAccumulator(2)
+    accumulator.update(hidden)
+    result = accumulator.result()
+    assert math.isfinite(result.cosine_mean[0])
+    assert math.isfinite(result.effective_rank[0])
+    assert math.isnan(result.cosine_mean[1])
+    assert math.isnan(result.effective_rank[1])
+    assert sum(result.histogram[0]) == 2 * 25
+    # Of the second sequence, the pairs of the four rows that are whole.
+    assert sum(result.histogram[1]) == 25 + 16

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydisp import corpus
+from raydisp import corpus, python_docs
 from raydisp.config import Files, HubData, PythonDocs
 from raydisp.errors import DataError
 
@@ -80,21 +80,21 @@ def test_the_test_split_does_not_depend_on_the_validation_fraction() -> None:
 
 
 @pytest.fixture(scope="module")
-def python_docs() -> list[tuple[str, str, str]]:
+def docs_by_split() -> list[tuple[str, str, str]]:
     return list(corpus.split_documents(PythonDocs(source="python_docs")))
 
 
-def test_python_docs_are_topics_and_docstrings(python_docs: list[tuple[str, str, str]]) -> None:
-    by_name = {name: text for _, name, text in python_docs}
-    assert len(by_name) == len(python_docs)
+def test_python_docs_are_topics_and_docstrings(docs_by_split: list[tuple[str, str, str]]) -> None:
+    by_name = {name: text for _, name, text in docs_by_split}
+    assert len(by_name) == len(docs_by_split)
     assert "compound statements" in by_name["topic/compound"].lower()
     assert json.JSONDecoder.__doc__ is not None
     assert json.JSONDecoder.__doc__.split("\n")[0].strip() in by_name["docstrings/json/decoder.py"]
     assert not [name for name in by_name if "/test/" in name or "/tests/" in name or "site-packages" in name]
 
 
-def test_python_docs_are_large_enough_in_every_split(python_docs: list[tuple[str, str, str]]) -> None:
-    sizes = {split: sum(len(text) for s, _, text in python_docs if s == split) for split in corpus.SPLITS}
+def test_python_docs_are_large_enough_in_every_split(docs_by_split: list[tuple[str, str, str]]) -> None:
+    sizes = {split: sum(len(text) for s, _, text in docs_by_split if s == split) for split in corpus.SPLITS}
     assert sizes["train"] > 1_500_000
     # The default evaluation during training takes 8,192 tokens of about 4 characters.
     assert min(sizes["validation"], sizes["test"]) > 4 * 8192
@@ -111,21 +111,49 @@ def test_python_docs_of_a_library_of_our_own(tmp_path: Path, monkeypatch: pytest
     for skipped in ("test", "encodings", "site-packages"):
         (tmp_path / skipped).mkdir()
         (tmp_path / skipped / "x.py").write_text('"""Not prose of the library."""\n')
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
-    corpus._python_documents.cache_clear()
-    try:
-        found = dict(corpus.documents(PythonDocs(source="python_docs")))
-        for path in tmp_path.glob("*.py"):
-            path.unlink()
-        corpus._python_documents.cache_clear()
-        with pytest.raises(DataError, match="needs the sources of the standard library"):
-            corpus.describe(PythonDocs(source="python_docs"))
-    finally:
-        corpus._python_documents.cache_clear()
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
+    found = dict(corpus.documents(PythonDocs(source="python_docs")))
+    for path in tmp_path.glob("*.py"):
+        path.unlink()
+    with pytest.raises(DataError, match="needs the sources of the standard library"):
+        corpus.describe(PythonDocs(source="python_docs"))
     assert {name: text for name, text in found.items() if not name.startswith("topic/")} == {
         "docstrings/a.py": "Shared.",
         "docstrings/b.py": "Module b.\n\nClass C.\n\nUnder a condition.",
     }
+
+
+def test_python_docs_are_parsed_once_until_a_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, cache = tmp_path / "library", tmp_path / "cache"
+    library.mkdir()
+    cache.mkdir()
+    source = library / "a.py"
+    source.write_text('"""The first."""\n')
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(library))
+    parsed: list[Path] = []
+    parse = python_docs._parse
+    monkeypatch.setattr(python_docs, "_parse", lambda root: parsed.append(root) or parse(root))
+
+    def another_process() -> tuple[tuple[str, str], ...]:
+        monkeypatch.setattr(python_docs, "_known", {})
+        python_docs.recall(str(cache))
+        found = python_docs.documents()
+        python_docs.keep(str(cache))
+        return found
+
+    first = another_process()
+    assert first[-1] == ("docstrings/a.py", "The first.")
+    assert another_process() == first
+    assert len(parsed) == 1
+    source.write_text('"""The second."""\n')
+    assert another_process()[-1] == ("docstrings/a.py", "The second.")
+    assert len(parsed) == 2
+    for file in cache.iterdir():
+        file.write_text("[[1")  # damaged
+    assert another_process()[-1] == ("docstrings/a.py", "The second.")
+    assert len(parsed) == 3
 
 
 # --- files --------------------------------------------------------------------------------------------

@@ -165,6 +165,9 @@ def test_workers_and_drivers_of_two_worker_trials_are_killed(
     process = start_command(path, "--address", address)
     try:
         wait_for(lambda: replay_is_certain(folder, 0))
+        (cleaner,) = ray_processes("ray::PlacementGroupCleaner")
+        assert cleaner.environ()["RAY_ADDRESS"] == address, "it knows its own Ray where there are others"
+        assert not ray_processes("ray::DatasetManager"), "no trial has Ray datasets"
         kill_one("ray::RayTrainWorker")
         first, _ = wait_for(lambda: replay_is_certain(folder, 1))
         kill_one("ray::ImplicitFunc")

@@ -277,6 +277,22 @@ def test_max_tokens_draws_from_the_generator(variant: str) -> None:
     assert every.item() == dispersion_loss(hidden, variant).item()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("variant", ALL)
+def test_each_sequence_may_have_its_own_positions(variant: str, masked: bool) -> None:
+    hidden = tokens(2, 9, 5).requires_grad_()
+    positions = torch.tensor([[0, 3, 4, 8], [1, 2, 5, 7]])
+    mask = torch.ones(2, 9)
+    mask[0, [3, 6]] = 0
+    value = dispersion_loss(hidden, variant, positions=positions, mask=mask if masked else None)
+    (gradient,) = torch.autograd.grad(value, hidden)
+    kept = [[0, 4, 8] if masked else [0, 3, 4, 8], [1, 2, 5, 7]]
+    expected = sum(dispersion_loss(hidden[[b]][:, chosen], variant) for b, chosen in enumerate(kept)) / 2
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)  # order of float64 sums
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-13)
+
+
 def condensed_and_dispersed() -> tuple[Tensor, Tensor]:
     noise = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return 0.1 * noise + 1, noise
@@ -319,6 +335,7 @@ BAD_INPUT = [
     ({"margin": 0.0}, "margin = 0.0.*above 0"),
     ({"margin": 1.5}, "margin = 1.5.*at most 1"),
     ({"max_tokens": 1}, "max_tokens = 1.*at least 2"),
+    ({"positions": torch.zeros(2, 2, dtype=torch.int64)}, r"positions has shape \[2, 2\].*\[B, K\]"),
     ({"mask": torch.ones(1, 4)}, r"mask has shape \[1, 4\].*\[1, 3\]"),
 ]
 

@@ -236,7 +236,7 @@ def second_driver(path: Path, tmp_path: Path) -> None:
         wait_for(lambda: list(tmp_path.glob("out/tiny/checkpoints/trial-00004/*/COMPLETE")))
         other = run_command(path, *grown)
         assert other.returncode == 2
-        assert f"is in use by another raydisp (process {process.pid} on " in other.stderr
+        assert f"is in use by another raydisp: process {process.pid} on " in other.stderr
         os.killpg(process.pid, signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from raydisp import cluster
-from raydisp.cluster import Node, plan_resources
+from raydisp.capacity import Growth, Node, NodeGroup, Offer
+from raydisp.cluster import DRIVER_RESOURCES, HEADLESS_DRIVER_RESOURCES, plan_resources
 from raydisp.config import StudyConfig
 from raydisp.errors import ConfigError, ResourceError
-from raydisp.plan import make_plan
+from raydisp.plan import concurrency_warning, make_plan
 
 
 def with_resources(tree: dict[str, Any], num_trials: int = 100, **resources: Any) -> StudyConfig:
@@ -39,12 +40,12 @@ def with_resources(tree: dict[str, Any], num_trials: int = 100, **resources: Any
 def test_concurrency(
     tree: dict[str, Any], resources: dict[str, Any], nodes: list[Node], concurrent: int, gpus: float
 ) -> None:
-    plan = plan_resources(with_resources(tree, **resources), nodes, where="here")
+    plan = plan_resources(with_resources(tree, **resources), Offer(tuple(nodes)), where="here")
     assert (plan.max_concurrent_trials, plan.gpus_per_worker) == (concurrent, gpus)
 
 
 def test_no_more_at_a_time_than_there_are_trials(tree: dict[str, Any]) -> None:
-    plan = plan_resources(with_resources(tree, num_trials=3), [Node(64, 0)], where="here")
+    plan = plan_resources(with_resources(tree, num_trials=3), Offer((Node(64, 0),)), where="here")
     assert plan.max_concurrent_trials == 4, "three and the baseline"
 
 
@@ -64,8 +65,104 @@ def test_what_cannot_fit_is_told_in_numbers(
     tree: dict[str, Any], resources: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ResourceError) as caught:
-        plan_resources(with_resources(tree, **resources), [Node(2, 1)], where="here")
+        plan_resources(with_resources(tree, **resources), Offer((Node(2, 1),)), where="here")
     assert sentence in str(caught.value)
+
+
+HEAD = Node(2, 0, is_head=True)
+GPU_NODES = Growth((NodeGroup("gpu", Node(8, 1), 2),), 2)
+
+
+def grown(
+    tree: dict[str, Any], growth: Growth | None, *nodes: Node, **resources: Any
+) -> tuple[int, int | None]:
+    plan = plan_resources(with_resources(tree, **resources), Offer((HEAD, *nodes), growth), where="here")
+    return plan.max_concurrent_trials, plan.num_now
+
+
+def test_concurrency_counts_what_an_autoscaler_may_start(tree: dict[str, Any]) -> None:
+    assert grown(tree, GPU_NODES, gpus_per_worker=1) == (2, 0)
+    assert grown(tree, GPU_NODES) == (2, 0), "auto: GPUs, because some may come"
+    assert grown(tree, GPU_NODES, Node(8, 1)) == (2, 1)
+    assert grown(tree, GPU_NODES, gpus_per_worker=0) == (18, 2)
+    assert grown(tree, GPU_NODES, num_workers=2, gpus_per_worker=0.5) == (2, 0)
+    assert grown(tree, GPU_NODES, max_concurrent_trials=1) == (1, 0)
+
+
+def test_what_the_autoscaler_may_not_start_is_an_error(tree: dict[str, Any]) -> None:
+    with pytest.raises(ResourceError) as caught:
+        grown(tree, GPU_NODES, gpus_per_worker=4)
+    assert str(caught.value) == (
+        "resources: a trial of 1 worker x 1 CPU + 4 GPU needs 1 CPU and 4 GPUs, and here offers 2 CPUs "
+        "and 0 GPUs now, and can grow to 18 CPUs and 2 GPUs (autoscaler: up to 2 of 8 CPUs and 1 GPU), which "
+        "is room for 0 workers; lower resources.num_workers, cpus_per_worker or gpus_per_worker, or use more "
+        "machines (--address)"
+    )
+    with pytest.raises(ResourceError, match="which is room for 2 workers;"):
+        grown(tree, GPU_NODES, num_workers=4, gpus_per_worker=1)
+    with pytest.raises(ResourceError, match="max_concurrent_trials = 3, but here has room for 2"):
+        grown(tree, GPU_NODES, max_concurrent_trials=3)
+
+
+def test_a_gpu_that_nobody_has_is_an_error(tree: dict[str, Any]) -> None:
+    with pytest.raises(
+        ResourceError, match="needs 1 CPU and 1 GPU, and here offers 2 CPUs and 0 GPUs, which"
+    ):
+        grown(tree, None, gpus_per_worker=1)
+
+
+def test_nodes_of_unknown_size_are_waited_for(tree: dict[str, Any]) -> None:
+    own = Growth((NodeGroup("own", None, 2),), 2)
+    assert grown(tree, own, gpus_per_worker=1) == (1, 0)
+    with pytest.raises(ResourceError, match="room for 0 workers"):
+        grown(tree, own, Node(8, 0), Node(8, 0), gpus_per_worker=1)  # both are here
+
+
+@pytest.mark.parametrize(
+    ("resources", "growth", "text"),
+    [
+        (
+            {"num_workers": 2},
+            None,
+            "2 workers x 1 CPU per trial (its driver takes no CPU), 1 trial at a time",
+        ),
+        ({"gpus_per_worker": 0}, None, "1 worker x 1 CPU per trial, 2 trials at a time"),
+        (
+            {},
+            GPU_NODES,
+            "1 worker x 1 CPU + 1 GPU per trial, 2 trials at a time, of which none fits on the nodes that "
+            "are there; the others wait for nodes to join",
+        ),
+        (
+            {"gpus_per_worker": 0},
+            GPU_NODES,
+            "1 worker x 1 CPU per trial, 18 trials at a time, of which 2 fit on the nodes that are there; "
+            "the others wait for nodes to join",
+        ),
+    ],
+)
+def test_a_plan_in_words(
+    tree: dict[str, Any], resources: dict[str, Any], growth: Growth | None, text: str
+) -> None:
+    plan = plan_resources(with_resources(tree, **resources), Offer((HEAD,), growth), where="here")
+    assert plan.describe() == text
+
+
+def test_drivers_are_placed_where_they_take_no_cpu(tree: dict[str, Any]) -> None:
+    study = with_resources(tree, num_trials=5000, num_workers=2)
+    plan = plan_resources(study, Offer((Node(4000, 0, is_head=True),)), where="here")
+    assert (plan.driver_resources, plan.max_concurrent_trials) == (DRIVER_RESOURCES, 1000)
+    plan = plan_resources(study, Offer((Node(4000, 0),)), where="here")
+    assert (plan.driver_resources, plan.max_concurrent_trials) == (HEADLESS_DRIVER_RESOURCES, 2000)
+
+
+def test_more_trials_at_a_time_than_random_ones_are_told(study: StudyConfig) -> None:
+    assert concurrency_warning(study, 2) is None
+    text = concurrency_warning(study, 3)
+    assert text is not None
+    assert text.startswith(
+        "3 trials run at a time, so the first 3 learn from no result and are as good as random"
+    )
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

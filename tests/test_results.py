@@ -143,3 +143,78 @@ def test_foreign_and_truncated_files_are_named_and_left_out(
 def test_a_study_without_rows_has_empty_tables(tmp_path: Path) -> None:
     tables = results.read_tables(str(tmp_path))
     assert [tables.trials.num_rows, tables.steps.num_rows, tables.layers.num_rows] == [0, 0, 0]
+
+
+def test_a_truncated_attempt_hides_no_later_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for attempt in (1, 2, 3):
+        results.write_trial(str(tmp_path), trial(3, attempt, "interrupted"), SEARCHED)
+    file = tmp_path / "trials" / "trial-00003-attempt-1.parquet"
+    file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "trials" / "trial-00003-attempt-2.parquet").write_bytes(b"")
+    assert results.read_trial(str(tmp_path), 3, 1) is None
+    assert [row["attempt"] for row in results.read_attempts(str(tmp_path), 3)] == [3]
+    assert results.read_table(str(tmp_path), "trials")["attempt"].to_pylist() == [3]
+    told = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    assert len(told) == 2, "once for each file, not for each reading"
+
+
+def test_every_kind_of_foreign_file_is_named_and_none_is_fatal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results.write_trial(str(tmp_path), trial(0, val_loss=1.0), SEARCHED)
+    folder = tmp_path / "trials"
+    table = pq.read_table(folder / "trial-00000-attempt-1.parquet")
+    newer = table.replace_schema_metadata({b"raydisp.schema_version": b"2"})
+    pq.write_table(newer, folder / "newer.parquet")
+    text = table.set_column(table.schema.get_field_index("trial"), "trial", pa.array(["zero"]))
+    pq.write_table(text, folder / "text.parquet")
+    weight = table.schema.get_field_index("dispersion.weight")
+    pq.write_table(
+        table.set_column(weight, "dispersion.weight", pa.array(["heavy"])), folder / "words.parquet"
+    )
+    pq.write_table(pa.table({"trial": pa.array([1], pa.int32())}), folder / "short.parquet")
+    (folder / "folder.parquet").mkdir()
+    (folder / "empty.parquet").write_bytes(b"")
+    (folder / "garbage.parquet").write_bytes(b"PAR1" + b"\xff" * 100 + b"PAR1")
+    (folder / "_hidden").mkdir()
+    (folder / "_hidden" / "x.parquet").write_bytes(b"")
+    (folder / ".x.parquet").write_bytes(b"")
+    (folder / "notes.txt").write_text("")
+    (folder / "gone.parquet").symlink_to(tmp_path / "nowhere")
+    assert results.read_table(str(tmp_path), "trials")["val_loss"].to_pylist() == [1.0]
+    told = {
+        record.getMessage().split(" is left out: ")[0].split("/")[-1]: record.getMessage()
+        for record in caplog.records
+        if "is left out" in record.getMessage()
+    }
+    assert set(told) == {
+        "newer.parquet",
+        "text.parquet",
+        "words.parquet",
+        "short.parquet",
+        "folder.parquet",
+        "empty.parquet",
+        "garbage.parquet",
+        "gone.parquet",
+    }
+    assert told["newer.parquet"].endswith(
+        "a newer raydisp wrote it (schema_version 2, this one knows 1); update raydisp to read it"
+    )
+    assert "its column trial is string, not int32" in told["text.parquet"]
+    assert "its column dispersion.weight is string, that of others double" in told["words.parquet"]
+
+
+def test_a_column_that_an_older_file_has_not_is_null(tmp_path: Path) -> None:
+    results.write_trial(str(tmp_path), trial(0, val_loss=1.0), SEARCHED)
+    file = tmp_path / "trials" / "trial-00000-attempt-1.parquet"
+    table = pq.read_table(file).drop_columns(["study_json", "note"])
+    pq.write_table(table, file)
+    [row] = results.read_table(str(tmp_path), "trials").to_pylist()
+    assert row["note"] is None
+    assert row["val_loss"] == 1.0
+
+
+def test_many_files_are_read_in_order(tmp_path: Path) -> None:
+    for number in range(80):
+        results.write_trial(str(tmp_path), trial(number, val_loss=float(number)), SEARCHED)
+    assert results.read_tables(str(tmp_path)).trials["val_loss"].to_pylist() == [float(n) for n in range(80)]

@@ -73,6 +73,8 @@ def line_of(key: str) -> int:
         ("train.global_batch_tokens=1000", "the nearest that is: 896 or 1024"),
         ("train.micro_batch_tokens=100", "train.micro_batch_tokens = 100 is not a whole number of sequences"),
         ("resources.num_workers=3", "which resources.num_workers = 3 cannot share evenly"),
+        ("resources.gpus_per_worker=1.5", "gpus_per_worker = 1.5: Ray gives parts of one GPU, or whole ones"),
+        ("resources.placement_timeout_s=0", "resources.placement_timeout_s = 0 is not above 0"),
         ("resources.max_concurrent_trials=lots", 'is not a whole number or "auto"'),
         ("model.source=scrath", 'Did you mean "scratch"?'),
         ("model.hidden_size=130", "hidden_size = 130 is not a multiple of num_heads = 4"),
