@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -33,6 +34,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3)."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for what is allocated next, in this process from now on.
+
+    By default glibc gives large blocks back to the system at once, and every step of a training on a CPU gets
+    the same pages anew, page fault by page fault: a sixth of the time of the default study's steps. The peak
+    is the same; between trials `tidy.release_memory` gives back what is kept. Other C libraries are left as
+    they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def reset_peak_memory(device: torch.device) -> None:

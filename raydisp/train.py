@@ -24,7 +24,13 @@ from raydisp.data import BatchLoader, TokenBlocks
 from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.evaluate import Evaluation, evaluate, token_losses
 from raydisp.layers import unwrap
-from raydisp.memory import is_out_of_memory, micro_batch_sequences, peak_memory_bytes, reset_peak_memory
+from raydisp.memory import (
+    is_out_of_memory,
+    keep_freed_memory,
+    micro_batch_sequences,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from raydisp.optimizer import allocate_moments, learning_rate_factor, make_optimizer, training_tensors
 from raydisp.parallel import (
     Layout,
@@ -175,6 +181,8 @@ def train(
         CheckpointError: resume_from is of another model.
         OutputError: a checkpoint cannot be written.
     """
+    if layout.device.type == "cpu":
+        keep_freed_memory()
     reset_peak_memory(layout.device)
     precision = resolve_precision(trial.train.precision, layout.device)
     use_tf32(trial.train.tf32)
