@@ -52,8 +52,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 SAME_STEPS, MOST_APART = 16, 1e-3
-"""In the first steps the contenders' losses are so many nats apart at the most. Later ones tell nothing: Adam at
-this learning rate makes of a rounding error of 1e-8, as one thread more brings it, 1e-2 within 60 steps."""
+"""In the first steps the contenders' losses are so many nats apart at the most. Later ones tell nothing: Adam
+at this learning rate makes of a rounding error of 1e-8, as another thread brings it, 1e-2 within 60 steps."""
 
 
 # --- in the measured process --------------------------------------------------------------------------
@@ -570,8 +570,8 @@ def compare_loops(base: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     all_steps = median_ratio(found["ours"], found["bare"], "all_steps_tokens_per_s")
     over_trainer = median_ratio(found["ours"], found["Trainer"])
     print(
-        f"\nours / Trainer {over_trainer:.3f}; losses of the first {SAME_STEPS} steps at most {apart:.1e} nats apart; "
-        f"with the first steps, by TrainResult.tokens_per_s, ours / bare {all_steps:.3f}"
+        f"\nours / Trainer {over_trainer:.3f}; losses of the first {SAME_STEPS} steps at most {apart:.1e} "
+        f"nats apart; with the first steps, by TrainResult.tokens_per_s, ours / bare {all_steps:.3f}"
     )
     rows[0]["all_steps_over_bare"] = all_steps
     rows[0]["over_Trainer"] = over_trainer

@@ -39,8 +39,11 @@ def read_agenda(study: StudyConfig, study_dir: str, *, retry_failed: bool = Fals
 
     Args:
         retry_failed: trials that failed are open again.
+    Raises:
+        OutputError: rows are there that cannot be read.
     """
-    attempts = results.read_table(study_dir, "trials")
+    # Strictly: what cannot be read may have finished, and would else be run again.
+    attempts = results.read_table(study_dir, "trials", strict=True)
     rows = results.latest_attempts(attempts).to_pylist()
     latest = {row["trial"]: row["attempt"] for row in rows}
     open_statuses = ("interrupted", "failed") if retry_failed else ("interrupted",)

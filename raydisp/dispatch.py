@@ -5,17 +5,22 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import pyarrow.compute as pc
 
 from raydisp import results, space
 from raydisp.agenda import BASELINE, Agenda, Row
 from raydisp.budget import Budget
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
-from raydisp.curves import Point
-from raydisp.optuna_study import OptunaStudy
+from raydisp.curves import Point, read_curves
+from raydisp.optuna_study import OptunaStudy, copied_statuses
 from raydisp.stopping import full_tokens
+from raydisp.warm_start import read_warm_starts
 from raydisp.worker import Assignment
 
 BASELINE_VALUES: space.Values = {"dispersion.weight": 0.0}
@@ -113,7 +118,8 @@ class Dispatcher:
         for row in sorted(agenda.finished, key=lambda row: row["ended_at"] or earliest):
             self._budget.add(row, num_tokens=_last_tokens(curves.get(row["trial"], ())))
         for row in [*agenda.earlier_attempts, *agenda.resumed]:
-            self._budget.add_time(row)
+            timed = self._launch.study.search.max_hours is not None
+            self._budget.add_time(_cut_off(self._launch.study_dir, row) if timed else row)
 
     def _open(self, agenda: Agenda) -> Iterator[Assignment]:
         if agenda.needs_baseline:
@@ -168,6 +174,37 @@ class Dispatcher:
         self._budget.add(row, num_tokens=_last_tokens(curve))
         self._optuna.finish(row, curve)
         self._on_finished(row)
+
+
+def refresh_optuna_copy(study: StudyConfig, study_dir: str, agenda: Agenda) -> None:
+    """Make `optuna.db` of a study with nothing left to do anew, where it does not say what the rows do.
+
+    A command that was killed after its last trial may have left it behind, or it was deleted.
+    """
+    wanted = [row for row in agenda.finished if row["trial"] != BASELINE]
+    if copied_statuses(study_dir) == {row["trial"]: row["status"] for row in wanted}:
+        return
+    curves = read_curves(results.read_table(study_dir, "evals"), before_tokens=full_tokens(study))
+    with tempfile.TemporaryDirectory(prefix="raydisp-") as scratch:
+        optuna_study = OptunaStudy(study, Path(scratch))
+        for warm_start in read_warm_starts(study):
+            optuna_study.add_foreign(warm_start.rows, warm_start.origin)
+        for row in sorted(wanted, key=lambda row: row["trial"]):
+            optuna_study.add_finished(row, curves.get(row["trial"], ()))
+        optuna_study.close()
+        optuna_study.try_snapshot(study_dir)
+
+
+def _cut_off(study_dir: str, row: Row) -> Row:
+    """A row with the time at which its attempt was cut off, as far as its steps tell."""
+    if row["ended_at"] is not None or row["started_at"] is None:
+        return row
+    steps = results.read_table(study_dir, "steps", trial=row["trial"])
+    took = steps.filter(pc.equal(steps["attempt"], row["attempt"]))["elapsed_s"]
+    if len(took) == 0:
+        return row
+    seconds = pc.max(took).as_py() - pc.min(took).as_py()
+    return {**row, "ended_at": row["started_at"] + datetime.timedelta(seconds=seconds)}
 
 
 def _last_tokens(curve: Sequence[Point]) -> int | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import raydisp
@@ -23,6 +24,7 @@ from raydisp.cluster import plan_resources, read_offer
 from raydisp.config import StudyConfig, TrialConfig
 from raydisp.dispatch import Launch
 from raydisp.errors import OutputError, RaydispError, ResourceError
+from raydisp.lease import still_held
 from raydisp.placement import describe_offer, not_placed
 
 PACKAGES = (
@@ -92,6 +94,30 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
                     f"the {column.split('_')[0]} changed, and new trials would not compare with the old. "
                     "Restore it, or give the study another name (name:) or place (--output)"
                 )
+
+
+def refuse_blind_nodes(study_dir: str, lease_id: str) -> None:
+    """Every node of a cluster must see the results folder, or its trials would write where nobody looks.
+
+    Raises:
+        OutputError: one does not.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    look = ray.remote(num_cpus=0, max_retries=0)(still_held)
+    asked = {
+        node["NodeManagerHostname"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        ).remote(study_dir, lease_id)
+        for node in nodes
+    }
+    for host, answer in asked.items():
+        if not ray.get(answer):
+            raise OutputError(
+                f"node {host} of the cluster does not see {study_dir}; put the results where all nodes do, "
+                "on a shared folder or in an object store (--output s3://bucket/folder)"
+            )
 
 
 def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:

@@ -222,6 +222,25 @@ class OptunaStudy:
         return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
+def copied_statuses(study_dir: str) -> dict[int, str] | None:
+    """Trial -> status, as the copy of the Optuna study in a results folder has them; None: there is none."""
+    try:
+        content = storage.read_bytes(storage.join(study_dir, "optuna.db"))
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.deserialize(content)
+            told = database.execute(
+                "select trial_id, key, value_json from trial_user_attributes where trial_id not in "
+                "(select trial_id from trial_user_attributes where key = 'warm_start') and trial_id not in "
+                "(select trial_id from trials where state = 'RUNNING')"
+            ).fetchall()
+    except (FileNotFoundError, OutputError, sqlite3.Error):
+        return None
+    trials: dict[int, dict[str, Any]] = {}
+    for trial_id, key, value in told:
+        trials.setdefault(trial_id, {})[key] = json.loads(value)
+    return {one["trial"]: one.get("status", "") for one in trials.values() if "trial" in one}
+
+
 def _attributes(row: Row) -> dict[str, Any]:
     return {name: row[name] for name in ATTRIBUTES if row.get(name) is not None}
 

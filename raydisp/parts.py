@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 VERSION_KEY = b"raydisp.schema_version"
 JOURNAL_NAME = "_compaction.json"
+NEWER = "a newer raydisp wrote it"
 COMPACT_NAME = re.compile(r"compact-(\d+)\.parquet")
 NUM_READERS = min(8, 2 * (os.cpu_count() or 1))
 MIN_FILES_FOR_THREADS = 32
@@ -142,19 +143,27 @@ def in_parallel(function: Callable[[str], _Result], items: Sequence[str]) -> lis
 # --- one file ------------------------------------------------------------------------------------------
 
 
-def read_part(location: str, base: pa.Schema, *, trial: int | None = None) -> pa.Table | None:
+def read_part(
+    location: str, base: pa.Schema, *, trial: int | None = None, strict: bool = False
+) -> pa.Table | None:
     """The rows of one file, with all columns of the base schema; None where it is left out, with a warning.
 
     Args:
         trial: only the rows of this one; row groups without it are not decoded.
+        strict: a file that is there and cannot be read just now, one of a newer raydisp, and a damaged
+            compact file are errors: trials whose rows they hold would else be taken for new.
     Raises:
         FileNotFoundError: there is no such file (any more).
+        OutputError: as `strict` says.
     """
+    compact = COMPACT_NAME.fullmatch(location.rsplit("/", 1)[-1]) is not None
     try:
         content = storage.read_bytes(location)
         file = pq.ParquetFile(pa.BufferReader(content))
         problem = _foreign(file.schema_arrow, base)
         if problem:
+            if strict and (compact or NEWER in problem):
+                raise OutputError(f"{location} cannot be used: {problem}")
             leave_out(location, problem)
             return None
         if trial is None:
@@ -165,6 +174,8 @@ def read_part(location: str, base: pa.Schema, *, trial: int | None = None) -> pa
             table = file.read_row_groups(_row_groups_of(file, trial), use_threads=False)
             table = table.filter(pc.equal(table["trial"], trial))
     except OutputError as error:
+        if strict:
+            raise
         leave_out(location, str(error))
         return None
     except IsADirectoryError:
@@ -174,6 +185,11 @@ def read_part(location: str, base: pa.Schema, *, trial: int | None = None) -> pa
         if isinstance(error, FileNotFoundError):
             raise
         told = " ".join(str(error).split())[:200]
+        if strict and compact:
+            raise OutputError(
+                f"{location} holds the rows of many trials and is not a whole Parquet file ({told}); restore "
+                "it, or move it away to run its trials again"
+            ) from None
         leave_out(location, f"it is not a whole Parquet file ({told})")
         return None
     names = set(table.column_names)
@@ -200,7 +216,7 @@ def _foreign(schema: pa.Schema, base: pa.Schema) -> str:
             return f"its {VERSION_KEY.decode()} is not a number"
         if int(told) > SCHEMA_VERSION:
             return (
-                f"a newer raydisp wrote it (schema_version {int(told)}, this one knows {SCHEMA_VERSION}); "
+                f"{NEWER} (schema_version {int(told)}, this one knows {SCHEMA_VERSION}); "
                 "update raydisp to read it"
             )
     kinds: dict[str, pa.DataType] = {}

@@ -222,10 +222,17 @@ def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | Non
         return rows[0] if rows else None
 
 
-def read_attempts(study_dir: str, trial: int) -> list[dict[str, Any]]:
-    """The rows of all attempts of a trial, in order, without those that cannot be read (a warning tells)."""
+def read_attempts(
+    study_dir: str, trial: int, *, through: int = 0, strict: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of all attempts of a trial, in order, without those that cannot be read (a warning tells).
+
+    Args:
+        through: look for attempts up to this one, whichever before it is missing.
+        strict: as `read_table` has it.
+    """
     try:
-        first = _read_attempt(study_dir, trial, 1)
+        first = _read_attempt(study_dir, trial, 1, strict=strict)
         rows = [first] if first is not None else []
         attempt = 2
     except FileNotFoundError:
@@ -233,9 +240,11 @@ def read_attempts(study_dir: str, trial: int) -> list[dict[str, Any]]:
         attempt = rows[-1]["attempt"] + 1 if rows else 2
     while True:
         try:
-            row = _read_attempt(study_dir, trial, attempt)
+            row = _read_attempt(study_dir, trial, attempt, strict=strict)
         except FileNotFoundError:
-            return rows
+            if attempt >= through:
+                return rows
+            row = None
         if row is not None:
             rows.append(row)
         attempt += 1
@@ -245,9 +254,9 @@ def _attempt_place(study_dir: str, trial: int, attempt: int) -> str:
     return storage.join(study_dir, "trials", f"{trial_name(trial)}-attempt-{attempt}.parquet")
 
 
-def _read_attempt(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | None:
+def _read_attempt(study_dir: str, trial: int, attempt: int, *, strict: bool = False) -> dict[str, Any] | None:
     place = _attempt_place(study_dir, trial, attempt)
-    table = parts.read_part(place, base_schema("trials"))
+    table = parts.read_part(place, base_schema("trials"), strict=strict)
     if table is None:
         return None
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -360,18 +369,22 @@ def read_tables(study_dir: str) -> Tables:
     )
 
 
-def read_table(study_dir: str, name: str, *, trial: int | None = None) -> pa.Table:
+def read_table(study_dir: str, name: str, *, trial: int | None = None, strict: bool = False) -> pa.Table:
     """Read one of the datasets, sorted by trial, attempt and, where there is one, step.
 
     Every row is there once, whatever a compaction is doing meanwhile.
 
     Args:
         trial: read the rows of this one alone (not of `trials`).
+        strict: for who decides by what is not there: a file that is there and cannot be read just now, a
+            damaged compact file, and one of a newer raydisp are errors. A single damaged one is left out.
+    Raises:
+        OutputError: as `strict` says.
     """
     folder = storage.join(study_dir, name)
     misses: Counter[str] = Counter()
     for tries in range(MAX_READS):
-        table = _read_at_once(folder, name, trial, misses)
+        table = _read_at_once(folder, name, trial, misses, strict=strict)
         if table is not None:
             keys = [key for key in ("trial", "attempt", "step", "layer") if key in table.column_names]
             return _sorted(table, keys)
@@ -379,7 +392,9 @@ def read_table(study_dir: str, name: str, *, trial: int | None = None) -> pa.Tab
     raise _changes_too_fast(folder)
 
 
-def _read_at_once(folder: str, name: str, trial: int | None, misses: Counter[str]) -> pa.Table | None:
+def _read_at_once(
+    folder: str, name: str, trial: int | None, misses: Counter[str], *, strict: bool
+) -> pa.Table | None:
     """The rows of a table; None if its files were replaced while they were read.
 
     Args:
@@ -391,7 +406,7 @@ def _read_at_once(folder: str, name: str, trial: int | None, misses: Counter[str
 
     def read(file: str) -> pa.Table | None:
         try:
-            return parts.read_part(storage.join(folder, file), base, trial=trial)
+            return parts.read_part(storage.join(folder, file), base, trial=trial, strict=strict)
         except FileNotFoundError:
             misses[file] += 1
             if misses[file] < MAX_MISSES:

@@ -6,7 +6,7 @@ the next run of the command give the same ones.
 | what ended the attempt | what follows |
 |---|---|
 | process, worker or node was lost; workers hung | the last checkpoint, `failures.max_failures` times |
-| the node gave notice | the last checkpoint, as often as it happens |
+| the node gave notice; no place in time while others run | the last checkpoint, as often as it happens |
 | out of memory | once, with half the micro-batch: the same global batch in more passes |
 | the user stopped the study | the last checkpoint, with the next run of the command |
 | a failure, and the user gives `--retry-failed` | a new beginning |
@@ -22,6 +22,8 @@ LOST = ("ProcessLost", "WorkerLost", "CollectiveTimeout")
 """`error_type` of attempts that were lost through no fault of the trial."""
 OUT_OF_MEMORY = "OutOfMemoryError"
 PREEMPTED = "PreemptedError"
+NOT_PLACED = "PlacementTimeout"
+"""Goes on as long as other trials of the study run, whose place it may have next (`search`)."""
 
 Row = Mapping[str, Any]
 
@@ -37,7 +39,7 @@ def goes_on(attempts: Sequence[Row], *, context_length: int, max_failures: int) 
     failed = [index for index, row in enumerate(attempts[:-1]) if row.get("status") == "failed"]
     attempts = attempts[failed[-1] + 1 :] if failed else attempts
     last = attempts[-1]
-    if last["error_type"] == PREEMPTED:
+    if last["error_type"] in (PREEMPTED, NOT_PLACED):
         return True
     if last["error_type"] in LOST:
         return sum(row.get("error_type") in LOST for row in attempts) <= max_failures

@@ -1,9 +1,9 @@
 """Who suggests the next point: a sampler made anew for every trial.
 
-What one suggests is a function of the study's seed, the trial's number and the trials that have ended, and of
-nothing else: no generator's state has to survive a restart, and a study that was cut in two suggests what a
-whole one does. Optuna's own samplers for quasi-random points and CMA-ES keep their place in the storage; the
-two here work it out from the trials instead.
+What one suggests is a function of the study's seed, the trial's number and the trials that have ended (with
+tpe those that run, too), and of nothing else: no generator's state has to survive a restart, and a study that
+was cut in two suggests what a whole one does. Optuna's own samplers for quasi-random points and CMA-ES keep
+their place in the storage; the two here work it out from the trials instead.
 """
 
 from __future__ import annotations

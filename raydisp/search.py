@@ -23,7 +23,7 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydisp import results, retries, space, storage, tidy
+from raydisp import lease, results, retries, space, storage, tidy
 from raydisp.agenda import Agenda, Row
 from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
@@ -91,9 +91,16 @@ class StudySearcher(Searcher):
     ) -> None:
         """Close a trial by its row, or put it up again; a lost process gets a row that says so."""
         assignment = self.running.pop(trial_id, None)
-        if assignment is None or self._taken_over():
+        if assignment is None or self._is_taken_over(assignment):
             return
-        attempts = results.read_attempts(assignment.study_dir, assignment.trial)
+        try:
+            attempts = results.read_attempts(
+                assignment.study_dir, assignment.trial, through=assignment.attempt, strict=True
+            )
+        except OutputError as problem:  # rows that are there, and not to be read just now
+            logger.error("%s; it is looked at again with the next run of the command", problem)
+            self._dispatcher.leave(assignment.trial)
+            return
         begun = attempts[-1] if attempts and attempts[-1]["attempt"] >= assignment.attempt else None
         if self.stopped and (begun is None or begun["status"] == "interrupted"):
             self._dispatcher.leave(assignment.trial)
@@ -101,6 +108,8 @@ class StudySearcher(Searcher):
         row = begun
         if row is None or (row["status"] == "interrupted" and row["ended_at"] is None):
             row = lost_row(assignment, attempts, begun)
+        if row["error_type"] == retries.NOT_PLACED and row["status"] == "interrupted" and not self.running:
+            row = end_as_failed(assignment, row)  # nothing of the study has the place that it waits for
         if row["status"] == "interrupted":
             logger.warning("trial %d goes on elsewhere: %s", row["trial"], row["error_message"])
             self._dispatcher.put_back(assignment, row["attempt"] + 1)
@@ -108,6 +117,11 @@ class StudySearcher(Searcher):
         self._dispatcher.close(row, _curve_of(assignment))
         self._close_stop_rule(row["trial"], row["status"])
         self._optuna.try_snapshot(assignment.study_dir)
+
+    def _is_taken_over(self, assignment: Assignment) -> bool:
+        """Whether the folder is another's: the heartbeat may not have told yet."""
+        held = assignment.lease is None or lease.still_held(assignment.study_dir, assignment.lease)
+        return self._taken_over() or not held
 
     def stop(self) -> None:
         """The user has stopped the study: trials that have not ended by themselves were interrupted."""
@@ -144,7 +158,8 @@ def lost_row(assignment: Assignment, attempts: Sequence[Row], begun: Row | None)
     row.update(
         status="failed",
         error_type="ProcessLost",
-        error_message="the trial's process ended without a word: killed, most often for want of memory",
+        error_message="the trial's process ended without a word: it was killed, most often for want of "
+        "memory, or could not start (--verbose shows more)",
         ended_at=results.now(),
     )
     earlier = [attempt for attempt in attempts if attempt["attempt"] < row["attempt"]]
@@ -156,6 +171,18 @@ def lost_row(assignment: Assignment, attempts: Sequence[Row], begun: Row | None)
         results.write_trial(assignment.study_dir, row, space.column_types(study))
         if row["status"] == "failed":
             storage.delete_dir(checkpoint_dir(assignment))
+    except (OutputError, OSError) as problem:
+        logger.error("%s: %s", assignment.name, problem)
+    return row
+
+
+def end_as_failed(assignment: Assignment, row: Row) -> Row:
+    """Write and return a row that says of an interrupted attempt that no other follows."""
+    study = StudyConfig.model_validate(assignment.study)
+    row = {**row, "status": "failed"}
+    try:
+        results.write_trial(assignment.study_dir, row, space.column_types(study))
+        storage.delete_dir(checkpoint_dir(assignment))
     except (OutputError, OSError) as problem:
         logger.error("%s: %s", assignment.name, problem)
     return row
@@ -187,6 +214,11 @@ def run_search(
     """
     study = launch.study
     curves = read_curves(results.read_table(launch.study_dir, "evals"), before_tokens=full_tokens(study))
+    for row in agenda.resumed:
+        if row["status"] == "failed":  # put up again: it begins anew, as if it had measured nothing
+            curves.pop(row["trial"], None)
+            name = results.trial_name(row["trial"])
+            storage.delete_dir(storage.join(launch.study_dir, "checkpoints", name))
     with (
         tempfile.TemporaryDirectory(prefix="raydisp-") as scratch,
         _stop_rule(launch, agenda, curves) as rule,
@@ -232,7 +264,8 @@ def run_search(
             optuna_study.close()
             if not taken_over():
                 optuna_study.try_snapshot(launch.study_dir)
-                storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+                with contextlib.suppress(OSError):  # Ray Train may still be writing there
+                    storage.delete_dir(storage.join(launch.study_dir, ".ray"))
         if taken_over():
             raise OutputError(
                 f"{launch.study_dir} was taken over by another command, because this one had given no sign "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
 from optuna.pruners import MedianPruner, SuccessiveHalvingPruner
@@ -177,12 +176,9 @@ class StopRule:
         """
         for num_tokens, value in curve:
             self.report(trial, num_tokens, value)
-        # What was decided then is in the row; an open trial asks again where it was not stopped.
-        self._stopped.pop(trial, None)
+        # Later values show that it went on, whatever is decided now. At the last one nobody may have heard
+        # the answer: an open trial that asks again there is told the same.
+        if curve and self._stopped.get(trial, math.inf) < curve[-1][0]:
+            del self._stopped[trial]
         if status != "interrupted":
             self.close(trial, status)
-
-
-def ask_for(rule: Any, trial: int) -> Any:
-    """A function of an evaluation's metrics that says whether the trial must stop, by a rule at hand."""
-    return lambda metrics: rule.report(trial, metrics["num_tokens"], metrics.get(rule.metric))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from raydisp import lease, results, storage
-from raydisp.agenda import read_agenda
+from raydisp.agenda import Agenda, read_agenda
 from raydisp.config import StudyConfig
 from raydisp.errors import (
     EXIT_DONE,
@@ -121,12 +121,21 @@ def _run(arguments: argparse.Namespace) -> int:
         if agenda.num_trials:
             over = _run_trials(study, study_dir, plan, held, arguments)
         else:
-            _say(arguments, f"All {study.search.num_trials} search trials and the baseline are done already.")
+            from raydisp.dispatch import refresh_optuna_copy
+
+            _say(arguments, _told_done(agenda))
+            refresh_optuna_copy(study, study_dir, agenda)
         return _conclude(study, study_dir, over)
 
 
 def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> StudyPlan:
     return make_plan(study, study_dir, arguments.address, retry_failed=arguments.retry_failed)
+
+
+def _told_done(agenda: Agenda) -> str:
+    failed = sum(row["status"] == "failed" for row in agenda.finished)
+    text = f"All {len(agenda.finished) - 1} search trials and the baseline are done already"
+    return f"{text}; {failed} failed, and --retry-failed runs them again." if failed else f"{text}."
 
 
 def _fork(study: StudyConfig, arguments: argparse.Namespace, overrides: list[str]) -> StudyConfig:
@@ -181,7 +190,7 @@ def _run_trials(
 ) -> str | None:
     """Run what is left; returns why the search ended before its number of trials, if it did."""
     from raydisp import cluster
-    from raydisp.launch import prepare_launch, refuse_other_content
+    from raydisp.launch import prepare_launch, refuse_blind_nodes, refuse_other_content
     from raydisp.progress import Progress
 
     _say(arguments, plan.headline())
@@ -196,6 +205,7 @@ def _run_trials(
         launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
         launch = dataclasses.replace(launch, lease=held.id)
         refuse_other_content(launch, plan.agenda)
+        refuse_blind_nodes(study_dir, held.id)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
         _say(arguments, f"Running {launch.plan.describe()}.")

@@ -94,7 +94,10 @@ def run_trial(assignment: Assignment, report: Report) -> dict[str, Any]:
     while True:
         row = run_attempt(assignment, report)
         alone = row["world_size"] == 1
-        if row["status"] != "interrupted" or (alone and row["error_type"] == retries.PREEMPTED):
+        elsewhere = row["error_type"] == retries.NOT_PLACED or (
+            alone and row["error_type"] == retries.PREEMPTED
+        )
+        if row["status"] != "interrupted" or elsewhere:
             return row
         logger.warning("%s goes on: %s", assignment.name, row["error_message"])
         assignment = dataclasses.replace(assignment, attempt=assignment.attempt + 1)

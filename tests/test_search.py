@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sqlite3
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from raydisp.agenda import Agenda, read_agenda
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.curves import read_curves
-from raydisp.dispatch import Dispatcher, Launch
+from raydisp.dispatch import Dispatcher, Launch, refresh_optuna_copy
 from raydisp.errors import OutputError
-from raydisp.optuna_study import OptunaStudy
+from raydisp.optuna_study import OptunaStudy, copied_statuses
 from raydisp.search import Searcher, StudySearcher
 from raydisp.stopping import full_tokens
 from raydisp.worker import Assignment, blank_row
@@ -297,3 +298,64 @@ def test_agenda_of_a_fresh_study(eight: StudyConfig, tmp_path: Path) -> None:
     agenda = read_agenda(eight, str(tmp_path))
     assert agenda == Agenda(finished=[], resumed=[], needs_baseline=True, new=list(range(1, 9)))
     assert agenda.num_trials == 9
+
+
+def test_a_row_after_a_gap_is_seen(eight: StudyConfig, tmp_path: Path) -> None:
+    """A full disk lost the row of attempt 2; attempt 3 completed, and is not run again."""
+    driver = Driver(eight, tmp_path)
+    driver.start()
+    trial_id, first = driver.start()
+    driver.begin(first)
+    third = dataclasses.replace(first, attempt=3)
+    driver.searcher.running[trial_id] = third
+    driver.write(third)
+    driver.searcher.on_trial_complete(trial_id)
+    assert driver.finished[-1]["attempt"] == 3
+    assert driver.states() == [TrialState.COMPLETE]
+
+
+def test_a_row_that_cannot_be_read_is_not_written_over(
+    eight: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(eight, tmp_path)
+    driver.start()
+    trial_id, assignment = driver.start()
+    driver.write(assignment)
+    read = storage.read_bytes
+
+    def stale(location: str) -> bytes:
+        if location.endswith("trial-00001-attempt-1.parquet"):
+            raise OutputError(f"{location} cannot be read: Stale file handle")
+        return read(location)
+
+    monkeypatch.setattr(storage, "read_bytes", stale)
+    driver.searcher.on_trial_complete(trial_id, error=True)
+    with pytest.raises(OutputError, match="Stale file handle"):
+        read_agenda(eight, driver.study_dir)
+    monkeypatch.undo()
+    assert results.read_trial(driver.study_dir, 1, 1)["status"] == "completed"
+    assert [row["trial"] for row in read_agenda(eight, driver.study_dir).finished] == [1]
+
+
+def test_the_copy_for_dashboards_is_made_anew_where_it_lags(eight: StudyConfig, tmp_path: Path) -> None:
+    driver = Driver(eight, tmp_path)
+    driver.run_all()
+    driver.optuna.snapshot(driver.study_dir)
+    agenda = read_agenda(eight, driver.study_dir)
+    statuses = dict.fromkeys(range(1, 9), "completed")
+    place = Path(driver.study_dir, "optuna.db")
+    assert copied_statuses(driver.study_dir) == statuses
+    before = place.stat().st_mtime_ns
+    refresh_optuna_copy(eight, driver.study_dir, agenda)
+    assert place.stat().st_mtime_ns == before, "it said what the rows do"
+    place.unlink()
+    refresh_optuna_copy(eight, driver.study_dir, agenda)
+    assert copied_statuses(driver.study_dir) == statuses
+    loaded = optuna.load_study(study_name="tiny", storage=f"sqlite:///{place}")
+    assert {trial.state for trial in loaded.trials} == {TrialState.COMPLETE}
+    running = sqlite3.connect(place)
+    running.execute("update trials set state = 'RUNNING' where number = 3")
+    running.commit()
+    running.close()
+    refresh_optuna_copy(eight, driver.study_dir, agenda)
+    assert copied_statuses(driver.study_dir) == statuses

@@ -202,12 +202,14 @@ def test_the_driver_and_its_ray_are_killed(tree: dict[str, Any], tmp_path: Path)
     assert 2 in interrupted
     assert finished, "one had ended"
     (folder / "trials" / "_tmp-0123").write_bytes(b"PAR1 half a file")
-    newest = max((folder / "steps" / "trial-00002").glob("*.parquet"))
-    newest.write_bytes(newest.read_bytes()[:100])
+    # Of a trial that has ended: its rows in there are lost, and nothing else is.
+    cut = min((folder / "evals" / "trial-00000").glob("*.parquet"))
+    cut.write_bytes(cut.read_bytes()[:100])
 
     done = run_command(path, "--address", "local")
     assert done.returncode == 0, done.stderr
-    assert newest.name in done.stderr or not newest.exists() or whole(newest)
+    assert f"trial-00000/{cut.name} is left out: it is not a whole Parquet file" in done.stderr
+    assert 0 in finished
     tables = results.read_tables(str(folder))
     latest = {row["trial"]: row for row in tables.trials.to_pylist()}
     assert sorted(latest) == [0, 1, 2, 3]
@@ -225,10 +227,6 @@ def test_the_driver_and_its_ray_are_killed(tree: dict[str, Any], tmp_path: Path)
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
     assert [trial.user_attrs["trial"] for trial in trials] == [1, 2, 3]
     assert [trial.value for trial in trials] == [latest[number]["val_loss"] for number in (1, 2, 3)]
-
-
-def whole(file: Path) -> bool:
-    return file.read_bytes()[-4:] == b"PAR1"
 
 
 def last_step(folder: Path, trial: int) -> int:
@@ -270,3 +268,54 @@ def test_two_studies_on_one_ray_do_not_touch_each_other(
         found.append([(row["dispersion.weight"], row["status"], row["val_loss"]) for row in rows])
     assert found[0] == found[1]
     assert left_on_cluster() == {"actors": [], "placement_groups": []}
+
+
+def test_failed_trials_are_tried_again_and_a_changed_file_forks(
+    tree: dict[str, Any], tmp_path: Path, address: str
+) -> None:
+    tree["model"]["hidden_size"] = 24
+    tree["search"] = {
+        "num_trials": 2,
+        "space": {
+            "dispersion.weight": {"low": 0.01, "high": 2.0, "log": True},
+            "model.hidden_size": [24, 16],
+            "model.num_heads": [2, 3],  # 3 does not divide 16
+        },
+        "points_to_evaluate": [
+            {"model.hidden_size": 16, "model.num_heads": 3},
+            {"model.hidden_size": 24, "model.num_heads": 2},
+        ],
+        "num_startup_trials": 1,
+    }
+    path = write(tree, tmp_path / "out")
+    assert run_command(path, "--address", address).returncode == 1
+    once = attempts_of(tree)
+    assert [(row["trial"], row["status"]) for row in once] == [
+        (0, "completed"),
+        (1, "failed"),
+        (2, "completed"),
+    ]
+    done = run_command(path, "--address", address)
+    assert "1 failed, and --retry-failed runs them again" in done.stdout
+    assert attempts_of(tree) == once
+    assert run_command(path, "--address", address, "--retry-failed").returncode == 1
+    again = attempts_of(tree)
+    assert [(row["trial"], row["attempt"]) for row in again] == [(0, 1), (1, 1), (1, 2), (2, 1)]
+    assert [row for row in again if row["attempt"] == 1] == once
+    assert again[2]["status"] == "failed"
+
+    changed = ("--set", "search.sampler=random", "--set", "search.num_trials=1")
+    refused = run_command(path, "--address", address, *changed)
+    assert refused.returncode == 2
+    assert 'search.sampler ("tpe" -> "random")' in refused.stderr
+    assert "--fork NAME" in refused.stderr
+    forked = run_command(path, "--address", address, *changed, "--fork", "other")
+    assert forked.returncode == 1, forked.stderr
+    assert "Warm start: 1 trial of " in forked.stdout
+    assert attempts_of(tree) == again, "the old study is as it was"
+    tree["name"] = "other"
+    assert [row["trial"] for row in attempts_of(tree)] == [0, 1]
+    known = optuna_study(tree).trials
+    assert [trial.state for trial in known] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert known[0].user_attrs["study"] == "tiny"
+    assert known[0].value == again[3]["val_loss"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raydisp.config import StudyConfig
-from raydisp.stopping import StopRule, ask_for, brackets, expected_frac, full_tokens
+from raydisp.stopping import StopRule, brackets, expected_frac, full_tokens
 
 FULL = 8192
 
@@ -89,11 +89,15 @@ def test_rungs_are_in_tokens_and_below_the_budget(make: Any, scheduler: Any, exp
     assert brackets(make(scheduler)) == expected
 
 
-def test_a_rule_at_hand_is_asked_by_its_metric(make: Any) -> None:
-    rule = StopRule(make({"asha": {"grace_tokens": 512, "metric": "spearman", "mode": "max"}}))
-    assert not ask_for(rule, 1)({"num_tokens": 512, "spearman": 0.5, "val_loss": 9.0})
-    assert ask_for(rule, 2)({"num_tokens": 512, "spearman": 0.4, "val_loss": 1.0})
-    assert not ask_for(rule, 3)({"num_tokens": 512, "val_loss": 1.0}), "not measured: not judged"
+def test_an_open_trial_that_was_stopped_is_told_so_again(make: Any) -> None:
+    """The driver died after its rule had said stop and before the trial's row said so."""
+    rule = StopRule(make({"asha": {"grace_tokens": 512, "reduction_factor": 2}}))
+    rule.replay(1, [(512, 1.0)], "completed")
+    rule.replay(2, [(512, 9.0)], "interrupted")
+    assert rule.report(2, 512, 9.0)
+    # One that has values past a rung went on there, whatever its neighbours' values say now.
+    rule.replay(3, [(512, 9.0), (768, 9.0)], "interrupted")
+    assert not rule.report(3, 512, 9.0)
 
 
 def test_an_answer_is_given_again(make: Any) -> None:
