@@ -35,10 +35,12 @@ NUM_TRIALS = {1: 4, 2: 2}
 """Workers of a trial -> trials, with the baseline."""
 
 
-def trial_processes() -> int:
-    """How many processes Tune has started for trials on this Ray so far."""
+def trial_processes() -> set[str]:
+    """The processes that Tune has started for trials on this Ray; Ray forgets those of a command that ended
+    five minutes ago, so that their number alone tells nothing."""
     here = ray.get_runtime_context().gcs_address  # another Ray may run on the machine
-    return sum(actor.class_name == "ImplicitFunc" for actor in list_actors(address=here, limit=1000))
+    actors = list_actors(address=here, limit=1000)
+    return {actor.actor_id for actor in actors if actor.class_name == "ImplicitFunc"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def placed(
     done = run_command(path, "--address", address)
     assert done.returncode == 0, done.stderr
     folder = Path(tree["output"]) / tree["name"]
-    return Placed(tree, folder, trial_processes() - before, done.stderr)
+    return Placed(tree, folder, len(trial_processes() - before), done.stderr)
 
 
 def test_every_trial_is_a_whole_row(placed: Placed) -> None:
@@ -179,7 +181,7 @@ def run_here(
     before = trial_processes()
     run_search(launch, agenda, on_result=lambda result: None, on_finished=told.append, run=run)
     rows = results.read_tables(first.study_dir).attempts.to_pylist()
-    return told, rows, trial_processes() - before
+    return told, rows, len(trial_processes() - before)
 
 
 def test_a_thread_that_stays_ends_the_process_and_no_trial(
