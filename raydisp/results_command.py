@@ -81,7 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
-    _check_folder(arguments.dir)
+    check_folder(arguments.dir)
     for merged in compaction.compact(arguments.dir):
         if merged.file is None:
             print(f"{merged.table}: nothing to merge")
@@ -111,7 +111,7 @@ def _show(arguments: argparse.Namespace) -> None:
         for row in rows:
             print(trial_list.to_json(row, columns))
     else:
-        print(trial_list.format_table(rows, columns, width=_terminal_width()))
+        print(trial_list.format_table(rows, columns, width=terminal_width()))
 
 
 def _diff(arguments: argparse.Namespace) -> None:
@@ -125,7 +125,7 @@ def _diff(arguments: argparse.Namespace) -> None:
     names = tuple(f"trial {told}" for told in arguments.diff)
     if names[0] == names[1]:
         raise OutputError(f"{names[0]} does not differ from itself; name two trials")
-    print(trial_list.format_comparison(items, (names[0], names[1]), _terminal_width()))
+    print(trial_list.format_comparison(items, (names[0], names[1]), terminal_width()))
 
 
 def _find(rows: Sequence[dict[str, Any]], told: str, place: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _read_attempts(place: str) -> pa.Table:
-    _check_folder(place)
+    check_folder(place)
     attempts = results.read_table(place, "trials")
     if attempts.num_rows == 0:
         raise OutputError(
@@ -168,7 +168,8 @@ def _read_attempts(place: str) -> pa.Table:
     return attempts
 
 
-def _check_folder(place: str) -> None:
+def check_folder(place: str) -> None:
+    """Raise an OutputError unless there is such a folder."""
     try:
         filesystem, path = storage.resolve(place)
         kind = filesystem.get_file_info(path).type
@@ -194,6 +195,6 @@ def _studies_below(place: str) -> str:
     return f", for example {storage.join(place, names[0])}" if names else ""
 
 
-def _terminal_width() -> int | None:
+def terminal_width() -> int | None:
     """None where nobody looks at a terminal: whole columns then."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

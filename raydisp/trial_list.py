@@ -55,6 +55,9 @@ _ORIGIN = (
     "study",
     "seed",
     "data_sha256",
+    "initial_weights_sha256",
+    "first_batch_sha256",
+    "last_batch_sha256",
     "model_revision",
     "code_version",
     "strategy",
@@ -64,7 +67,7 @@ _ORIGIN = (
     "device",
     "hostname",
 )
-_NOT_COMPARED = {"trial", "config_json", "study_json", "packages_json", "config_sha256", "traceback"}
+_NOT_COMPARED = {"trial", "config_json", "study_json", "confirm_json", "packages_json", "config_sha256", "traceback"}
 """What two trials never share, or what is told item by item."""
 
 MIN_TEXT_WIDTH, MIN_NUMBER_WIDTH = 8, 5
