@@ -3,9 +3,9 @@ r"""Statistics of paired differences: arm minus baseline at the same seed, where
 Arrays are [..., m, n]: m arms that are compared with one baseline, n seeds, any number of studies before. A
 seed without a difference (either run of the pair is incomplete) is NaN and dropped from that arm alone.
 
-The test of an arm is the paired Student t test, two-sided; its interval is the t interval. The exact sign-flip
-test stands beside it: it supposes only that a difference is as likely to have the one sign as the other.
-Over the arms both are adjusted by Holm's procedure.
+The test of an arm is the paired Student t test, two-sided; its interval is the t interval. The exact
+sign-flip test stands beside it: it supposes only that a difference is as likely to have the one sign as the
+other. Over the arms both are adjusted by Holm's procedure.
 
 Where a statistic does not exist it is NaN, which tables write as null:
 
@@ -86,7 +86,8 @@ def sign_flip_p(differences: ArrayLike) -> tuple[Floats, Bools]:
 
     Up to MAX_EXACT_PAIRS pairs all 2^n signs are tried, and the p-value is exact (that of
     `scipy.stats.permutation_test` with `permutation_type="samples"`). Beyond, it is (1 + number of hits) /
-    (1 + NUM_RANDOM_SIGNS) over random signs from a fixed seed: valid, and off by at most 0.002 or so near 0.05.
+    (1 + NUM_RANDOM_SIGNS) over random signs from a fixed seed: near 0.05 within about 0.002 of
+    the exact one.
 
     Args:
         differences: [..., m, n]; NaN where a pair is incomplete.
@@ -366,13 +367,13 @@ def effect_shown(
 def no_effect_chance(
     spread: float, num_seeds: int, smallest_effect: float, num_arms: int = 1, alpha: float = ALPHA
 ) -> float:
-    r"""Chance of the verdict `no_effect_that_matters` where the true effect is 0, exactly, without simulation.
+    r"""Chance of the verdict `no_effect_that_matters` where the true effect is 0: exact, not simulated.
 
     Given the standard deviation s of a sample, its mean must lie within
     min(b - t_90 s / sqrt(n), t_alpha s / sqrt(n)): inside the bound b, and not shown to be an effect at level
     alpha / num_arms. The mean is normal and independent of s^2 (n - 1) / spread^2, which is chi-square with
-    n - 1 degrees of freedom: the integral over it is the chance. With several arms Holm's later steps are left
-    out, which changes it by less than alpha^2.
+    n - 1 degrees of freedom: the integral over it is the chance. With several arms Holm's later steps are
+    left out, which changes it by less than alpha^2.
 
     Args:
         spread: >= 0, standard deviation over seeds of the paired difference.

@@ -136,25 +136,14 @@ def _find(rows: Sequence[dict[str, Any]], told: str, place: str) -> dict[str, An
     of_trial = [row for row in rows if row["trial"] == int(match[1])]
     if not of_trial:
         numbers = sorted({row["trial"] for row in rows if row["trial"] is not None})
-        raise OutputError(f"{place} has no trial {match[1]}; it has {_ranges(numbers)}")
+        raise OutputError(f"{place} has no trial {match[1]}; it has {trial_list.number_ranges(numbers)}")
     if match[2] is None:
         return of_trial[-1]
     found = [row for row in of_trial if row["attempt"] == int(match[2])]
     if not found:
-        attempts = _ranges(sorted(row["attempt"] for row in of_trial))
+        attempts = trial_list.number_ranges(sorted(row["attempt"] for row in of_trial))
         raise OutputError(f"trial {match[1]} has no attempt {match[2]}; it has {attempts}")
     return found[0]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0 to 3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _read_attempts(place: str) -> pa.Table:
