@@ -288,9 +288,9 @@ def verdict_panel(verdicts: pa.Table, trials: pa.Table) -> Panel:
     unsure = [row["arm"] for row in rows if row["num_pairs"] == 1]
     first = rows[0]
     sentence = (
-        f"Each point is one seed's {_measure_label(first)}, arm minus baseline ({first['unit']}; left of 0 is "
-        "better), the square with its bar the mean with its 95 % interval, the band what would not matter: "
-        f"±{analysis.format_value(first['smallest_effect'])}."
+        f"Each point is one seed's {_measure_label(first)}, arm minus baseline ({first['unit']}; left of 0 "
+        "is better), the square with its bar the mean with its 95 % interval, the band what would not "
+        f"matter: ±{analysis.format_value(first['smallest_effect'])}."
     )
     if unsure:
         sentence += f" Without an interval, for want of a second pair: {', '.join(unsure)}."

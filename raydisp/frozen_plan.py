@@ -158,7 +158,11 @@ def parse_plan(text: str) -> Plan:
     def is_whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
 
-    outcome, arms, seeds = tree.get("primary_outcome"), tree.get("arms"), tree.get("seeds")
+    outcome: Any = tree.get("primary_outcome")
+    arms: Any = tree.get("arms")
+    seeds: Any = tree.get("seeds")
+    effect: Any = tree.get("smallest_effect")
+    alpha: Any = tree.get("alpha")
     take("schema_version", version == PLAN_VERSION, str(PLAN_VERSION))
     kind = TRIAL_COLUMNS.get(outcome) if isinstance(outcome, str) else None
     take("primary_outcome", kind == pa.float64(), "a column of trials that holds numbers, such as test_loss")
@@ -167,7 +171,6 @@ def parse_plan(text: str) -> Plan:
     take("arms", holds_arms and bool({*arms} - {baseline}), "an object of at least one arm by its name")
     holds_seeds = isinstance(seeds, list) and all(is_whole(seed) for seed in seeds)
     take("seeds", holds_seeds and 0 < len(seeds) == len(set(seeds)), "a list of distinct whole numbers")
-    effect, alpha = tree.get("smallest_effect"), tree.get("alpha")
     return Plan(
         primary_outcome=outcome,
         unit=take("unit", isinstance(tree.get("unit"), str), "text"),

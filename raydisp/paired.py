@@ -330,7 +330,8 @@ def power(
     if spread == 0:
         return np.where(size > 0, 1.0, 0.0)
     critical = stats.t.isf(alpha / num_arms / 2, num_seeds - 1)
-    found = stats.nct.sf(critical, num_seeds - 1, size * math.sqrt(num_seeds) / spread)
+    noncentrality = np.minimum(size * math.sqrt(num_seeds) / spread, 1e8)  # far beyond, scipy's is NaN
+    found = stats.nct.sf(critical, num_seeds - 1, noncentrality)
     return np.asarray(found, dtype=np.float64)
 
 

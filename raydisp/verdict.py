@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,10 +45,7 @@ VERDICT_SCHEMA = pa.schema(
         ("primary_outcome", pa.string()),  # column of trials; lower is better
         ("unit", pa.string()),  # of the columns from difference to high_90, and of smallest_effect
         ("difference", pa.float64()),  # arm minus baseline, mean over the pairs
-        (
-            "spread",
-            pa.float64(),
-        ),  # standard deviation over the pairs; null with fewer than 2, as the following
+        ("spread", pa.float64()),  # standard deviation over the pairs; null with fewer than 2
         ("low_95", pa.float64()),  # paired t interval
         ("high_95", pa.float64()),
         ("low_90", pa.float64()),  # inside +-smallest_effect: no effect that matters
@@ -308,7 +305,7 @@ def _plan_sentence(plan: Plan) -> str:
     return (
         f"Compared on {_label(plan.primary_outcome)} in {plan.unit}, lower is better: {arms} with the "
         f"baseline, on {_seeds(plan.seeds)}, by a plan frozen before the runs; less than "
-        f"{_size(plan.smallest_effect)} does not matter."
+        f"{plan.smallest_effect:g} does not matter."
     )
 
 
@@ -317,8 +314,8 @@ def _outstanding_sentence(plan: Plan, pairs: Sequence[Pair]) -> str:
     if not number:
         return ""
     return (
-        f"The confirm phase is not over: {number} of {_count(len(pairs), 'pair')} {_are(number)} outstanding, "
-        "so no verdict is final; to stop where one looks good would make its p-value worthless."
+        f"The confirm phase is not over: {number} of {_count(len(pairs), 'pair')} {_are(number)} "
+        "outstanding, so no verdict is final; to stop where one looks good would make its p-value worthless."
     )
 
 
@@ -339,11 +336,12 @@ def _verdict_sentence(row: Row) -> str:
         f" (95 % interval {_interval(row['low_95'], row['high_95'])}, n = {number} pairs, "
         f"{_p_value(row['holm_p_value'])}{_adjusted(row['num_arms'])})"
     )
-    bound = f"±{_size(row['smallest_effect'])}"
+    bound = f"±{row['smallest_effect']:g}"
     narrow = f"90 % interval {_interval(row['low_90'], row['high_90'])}"
     if verdict in (paired.HELPS, paired.HURTS):
         if row["is_below_smallest_effect"]:
-            return f"{arm} {verdict}, but less than what would matter: {shown}; the {narrow} lies within {bound}."
+            lead = f"{arm} {verdict}, but less than what would matter"
+            return f"{lead}: {shown}; the {narrow} lies within {bound}."
         return f"{arm} {verdict}: {shown}."
     if verdict == paired.NO_EFFECT:
         return f"{arm} has no effect that matters: {shown}; the {narrow} lies within {bound}."
@@ -411,12 +409,11 @@ def _no_pair_sentences(arm: str, group: Sequence[Pair]) -> list[str]:
     told = []
     unequal = [pair for pair in group if pair.problem == UNEQUAL_BUDGETS]
     if unequal:
-        each = "; ".join(
-            f"seed {pair.seed}: {_tokens(pair.ours)} against {_tokens(pair.baseline)}" for pair in unequal
+        each = ", ".join(
+            f"seed {pair.seed} (tokens {_tokens(pair.ours)}, baseline {_tokens(pair.baseline)})"
+            for pair in unequal
         )
-        told.append(
-            f"{arm}: unequal budgets never compare, so these are no pairs: {each} tokens of the baseline."
-        )
+        told.append(f"{arm}: unequal budgets never compare, so these are no pairs: {each}.")
     for column, problem in SAME_WITHIN_A_PAIR.items():
         seeds = [pair.seed for pair in group if pair.problem == problem]
         if seeds:
@@ -472,8 +469,8 @@ def _label(metric: str) -> str:
 
 
 def _size(value: float) -> str:
-    """`0.0123`; two significant digits where that would be little."""
-    return f"{value:.4f}".rstrip("0").rstrip(".") if value == 0 or value >= 0.001 else f"{value:.2g}"
+    """`0.0123`; two significant digits where four decimals would be too few."""
+    return f"{value:.4f}" if value == 0 or value >= 0.001 else f"{value:.2g}"
 
 
 def _signed(value: float) -> str:
@@ -503,7 +500,7 @@ def _pairs(row: Row) -> str:
 
 def _tokens(row: Row | None) -> str:
     number = None if row is None else row["num_tokens"]
-    return "an unknown number of" if number is None else f"{number:,}"
+    return "unknown" if number is None else f"{number:,}"
 
 
 def _seeds(seeds: Sequence[int]) -> str:
