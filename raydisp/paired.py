@@ -192,7 +192,13 @@ def num_seeds_needed(num_arms: int, alpha: float = ALPHA) -> int:
     """The fewest pairs with which the exact sign-flip test can show an effect at all among so many arms.
 
     Its smallest p-value is 2 / 2^n, times the number of arms by Holm: 6, 7, 7, 8 for 1 to 4 arms at 5 %.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
+    _check_alpha(alpha)
+    if num_arms < 1:
+        raise ValueError(f"num_arms = {num_arms} must be 1 or more")
     return next(number for number in itertools.count(1) if 2 * num_arms <= alpha * 2**number)
 
 

@@ -343,6 +343,13 @@ def test_bad_plans(arguments: tuple[Any, ...], words: str) -> None:
         paired.promise(*arguments)
 
 
+def test_seeds_for_no_arm_and_for_no_risk() -> None:
+    with pytest.raises(ValueError, match="num_arms = 0 must be 1 or more"):
+        paired.num_seeds_needed(0)
+    with pytest.raises(ValueError, match="alpha = 0 must lie between"):
+        paired.num_seeds_needed(1, alpha=0)
+
+
 def test_a_target_that_no_effect_can_have() -> None:
     with pytest.raises(ValueError, match=r"target = 1\.0 must lie between"):
         paired.effect_shown(0.1, 6, target=1.0)
