@@ -316,7 +316,7 @@ def verdict_figure(verdicts: pa.Table, trials: pa.Table) -> go.Figure:
     figure.add_vrect(x0=-bound, x1=bound, fillcolor=GRID, opacity=0.6, line_width=0, layer="below")
     figure.add_vline(x=0, line={"color": INK, "width": 1.5, "dash": "dash"})
     # Numbers, not names, are the places of the arms: so points can lie beside their mean.
-    places = [-float(number) for number in range(len(rows))]
+    places = [0.0 - number for number in range(len(rows))]
     points = [
         (value, place - 0.15, f"{row['arm']}, seed {seed}: {value:+.4f}")
         for row, place in zip(rows, places, strict=True)

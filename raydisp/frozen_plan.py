@@ -26,12 +26,12 @@ PLAN_VERSION = 1
 CONFIRM = "confirm"
 
 SAME_WITHIN_A_PAIR = {
-    "initial_weights_sha256": "other initial weights",
-    "first_batch_sha256": "another first batch",
-    "last_batch_sha256": "another last batch",
+    "initial_weights_sha256": "with other initial weights",
+    "first_batch_sha256": "with another first batch",
+    "last_batch_sha256": "with another last batch",
 }
 """Columns that two runs of a pair must agree in where both have them -> what it is where they do not."""
-UNEQUAL_BUDGETS = "unequal budgets"
+UNEQUAL_BUDGETS = "of unequal budgets"
 NEVER_STARTED, INTERRUPTED = "never started", "interrupted"
 OF_BASELINE = "baseline "
 """Before a problem that is the baseline's."""

@@ -271,7 +271,7 @@ def test_unequal_budgets_never_compare() -> None:
     rows = change(rows_of({"best": shifted(-0.1)}), "best", 103, num_tokens=102_400)
     rows = change(rows, "baseline", 104, num_tokens=None)
     (row,) = judged(rows)
-    assert (row["num_pairs"], row["incomplete"]) == (4, "2 unequal budgets (seeds 103 to 104)")
+    assert (row["num_pairs"], row["incomplete"]) == (4, "2 of unequal budgets (seeds 103 to 104)")
     assert (
         "best: unequal budgets never compare, so these are no pairs: seed 103 (tokens 102,400, baseline "
         "204,800), seed 104 (tokens 204,800, baseline unknown)."
