@@ -293,9 +293,15 @@ def sentences(trials: pa.Table) -> tuple[str, ...]:
     plan = read_plan(trials)
     pairs = pair_up(trials, plan)
     told = [_plan_sentence(plan), _outstanding_sentence(plan, pairs)]
-    for row, group in zip(_verdict_table(trials, plan, pairs).to_pylist(), _by_arm(plan, pairs), strict=True):
+    rows = _verdict_table(trials, plan, pairs).to_pylist()
+    for row, group in zip(rows, _by_arm(plan, pairs), strict=True):
         told += [row["sentence"], _incomplete_sentence(row), _cost_sentence(row), _condensation_sentence(row)]
         told += [_disagreement_sentence(row), *_no_pair_sentences(row["arm"], group)]
+    if any(row["is_sign_flip_exact"] is False for row in rows):
+        told.append(
+            f"Beyond {paired.MAX_EXACT_PAIRS} pairs the sign-flip test does not try all signs, but "
+            f"{paired.NUM_RANDOM_SIGNS:,} random ones from a fixed seed."
+        )
     told += [_pretrained_sentence(plan), _code_sentence(trials), *_seed_sentences(trials, plan)]
     return tuple(sentence for sentence in told if sentence)
 

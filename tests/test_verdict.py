@@ -419,6 +419,23 @@ def test_a_disagreement_of_the_tests_is_said() -> None:
     )
 
 
+def test_random_signs_are_said() -> None:
+    tree = plan(seeds=list(range(101, 118)))
+    draw = np.random.default_rng(0)
+    losses, noise = draw.normal(5.0, 0.1, 17), draw.normal(0.0, 0.01, 17)
+    rows = []
+    for seed, loss, each in zip(tree["seeds"], losses, noise, strict=True):
+        rows += [run("baseline", seed, loss, tree), run("best", seed, loss + each, tree)]
+    sentence = (
+        "Beyond 16 pairs the sign-flip test does not try all signs, but 99,999 random ones from a fixed seed."
+    )
+    assert judged(rows)[0]["is_sign_flip_exact"] is False
+    assert sentence in told(rows)
+    fewer = change(rows, "best", 117, status="failed")
+    assert judged(fewer)[0]["is_sign_flip_exact"] is True
+    assert sentence not in told(fewer)
+
+
 def test_a_pretrained_model_is_pointed_out() -> None:
     sentence = (
         "The model is pretrained: the seed varied the order of the data and the noise of training only, not "
