@@ -44,6 +44,8 @@ MEASURES: dict[str, Measure] = {
     "val_loss": Measure("validation loss", "nats per token", 3),
     "val_perplexity": Measure("validation perplexity", "", 1),
     "val_bits_per_byte": Measure("validation loss", "bits per byte", 4),
+    "test_loss": Measure("test loss", "nats per token", 4),
+    "test_perplexity": Measure("test perplexity", "", 1),
     "train_loss": Measure("training loss", "nats per token", 3),
     "layer_cosine_mean": Measure("mean cosine over the layers", "", 3),
     "spearman": Measure("Spearman rho of cosine against layer", "", 2),

@@ -37,6 +37,10 @@ class OutputError(RaydispError):
     """The results folder cannot be written, or holds something else."""
 
 
+class VerdictError(RaydispError):
+    """The rows of a confirm phase cannot be judged: there are none, or they do not belong together."""
+
+
 class CheckpointError(RaydispError):
     """A checkpoint cannot be gone on from: it is of another model, or not what it should be."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from raydisp import analysis
+from raydisp import analysis, verdict
 from raydisp.analysis import MEASURES, Row
 from raydisp.layers import LAYER_CHOICES
 from raydisp.results import NUM_HISTOGRAM_BINS, Tables
@@ -272,6 +272,94 @@ def heat_map_panel(tables: Tables, objective: Objective) -> Panel:
         "evaluation; a bright band that climbs is condensation, the line at 1 is each token with itself."
     )
     return Panel(title, sentence + _absent(profiles), plots)
+
+
+def verdict_panel(verdicts: pa.Table, trials: pa.Table) -> Panel:
+    """The confirm phase: the paired differences behind each arm's verdict.
+
+    Args:
+        verdicts: what `verdict.verdicts` made of these trials.
+    """
+    title = "Paired differences"
+    rows = verdicts.to_pylist()
+    if not any(row["num_pairs"] for row in rows):
+        return Panel(title, "No figure: the confirm phase has no complete pair of runs.")
+    bare = [row["arm"] for row in rows if row["num_pairs"] == 0]
+    unsure = [row["arm"] for row in rows if row["num_pairs"] == 1]
+    first = rows[0]
+    sentence = (
+        f"Each point is one seed's {_measure_label(first)}, arm minus baseline ({first['unit']}; left of 0 "
+        "is better), the square with its bar the mean with its 95 % interval, the band what would not "
+        f"matter: ±{analysis.format_value(first['smallest_effect'])}."
+    )
+    if unsure:
+        sentence += f" Without an interval, for want of a second pair: {', '.join(unsure)}."
+    if bare:
+        sentence += f" Not drawn, for want of a complete pair: {', '.join(bare)}."
+    return Panel(title, sentence, [Plot("verdict", "", verdict_figure(verdicts, trials))])
+
+
+def verdict_figure(verdicts: pa.Table, trials: pa.Table) -> go.Figure:
+    """A forest plot: per arm the seeds' paired differences, their mean and its 95 % interval; the line of no
+    difference, and the band of differences that would not matter.
+
+    Args:
+        verdicts: what `verdict.verdicts` made of these trials.
+    Raises:
+        VerdictError: the trials have no confirm phase that can be judged.
+    """
+    rows = [row for row in verdicts.to_pylist() if row["num_pairs"]]
+    differences = verdict.paired_differences(trials)
+    unit = rows[0]["unit"] if rows else ""
+    figure = _figure(f"{_measure_label(rows[0]) if rows else ''}, arm minus baseline ({unit})", "")
+    bound = rows[0]["smallest_effect"] if rows else 0.0
+    figure.add_vrect(x0=-bound, x1=bound, fillcolor=GRID, opacity=0.6, line_width=0, layer="below")
+    figure.add_vline(x=0, line={"color": INK, "width": 1.5, "dash": "dash"})
+    # Numbers, not names, are the places of the arms: so points can lie beside their mean.
+    places = [0.0 - number for number in range(len(rows))]
+    points = [
+        (value, place - 0.15, f"{row['arm']}, seed {seed}: {value:+.4f}")
+        for row, place in zip(rows, places, strict=True)
+        for seed, value in differences[row["arm"]].items()
+    ]
+    figure.add_scatter(
+        name="one seed",
+        x=[value for value, _, _ in points],
+        y=[place for _, place, _ in points],
+        mode="markers",
+        marker={"color": MUTED, "symbol": "circle-open"} | _point_size(len(points)),
+        hovertext=[_plotly_text(text) for _, _, text in points],
+        hoverinfo="text",
+    )
+    figure.add_scatter(
+        name="mean and 95 % interval",
+        x=[row["difference"] for row in rows],
+        y=places,
+        mode="markers",
+        marker={"color": ACCENT, "symbol": "square", "size": 10},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [_length(row["high_95"], row["difference"]) for row in rows],
+            "arrayminus": [_length(row["difference"], row["low_95"]) for row in rows],
+            "color": ACCENT,
+            "thickness": 2,
+        },
+        hovertext=[_plotly_text(row["sentence"]) for row in rows],
+        hoverinfo="text",
+    )
+    names = [_plotly_text(row["arm"]) for row in rows]
+    figure.update_yaxes(tickvals=places, ticktext=names, range=[-len(rows) + 0.4, 0.6], showgrid=False)
+    return figure
+
+
+def _measure_label(row: Row) -> str:
+    outcome = str(row["primary_outcome"])
+    return MEASURES[outcome].label if outcome in MEASURES else outcome
+
+
+def _length(end: float | None, start: float | None) -> float | None:
+    return None if end is None or start is None else end - start
 
 
 def _profiles(tables: Tables, objective: Objective) -> list[tuple[str, analysis.LayerProfile]]:

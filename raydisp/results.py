@@ -41,14 +41,15 @@ _timestamp = pa.timestamp("us", tz="UTC")
 
 TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "study": pa.string(),
-    "phase": pa.string(),  # search
+    "phase": pa.string(),  # search | confirm
     "trial": pa.int32(),  # 0 is the baseline
     "attempt": pa.int32(),  # from 1; the one with the highest number counts
-    "arm": pa.string(),  # baseline | search
+    "arm": pa.string(),  # baseline | search; in the confirm phase baseline or the name of a frozen arm
     "status": pa.string(),  # one of STATUSES
     "seed": pa.int64(),
     "config_json": pa.string(),  # the whole TrialConfig
     "study_json": pa.string(),  # the whole study file, resolved
+    "confirm_json": pa.string(),  # the plan frozen before the first confirm run; null in the search phase
     "config_sha256": pa.string(),  # the trial's identity
     "num_steps": pa.int64(),  # really done
     "num_tokens": pa.int64(),  # really seen
@@ -58,6 +59,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "val_loss": pa.float64(),  # nats per token, whole validation split
     "val_perplexity": pa.float64(),
     "val_bits_per_byte": pa.float64(),
+    "test_loss": pa.float64(),  # nats per token, whole test split; confirm only
     "layer_cosine_mean": pa.float64(),  # mean over layers 1..n of the mean pairwise cosine
     "spearman": pa.float64(),  # of the layer means against the layer number, 0..n
     "kendall": pa.float64(),
@@ -72,6 +74,9 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "device": pa.string(),
     "hostname": pa.string(),
     "data_sha256": pa.string(),
+    "initial_weights_sha256": pa.string(),  # before the first step; null where not recorded, as the next two
+    "first_batch_sha256": pa.string(),  # token ids of the first step, over all workers
+    "last_batch_sha256": pa.string(),
     "model_revision": pa.string(),
     "code_version": pa.string(),
     "packages_json": pa.string(),

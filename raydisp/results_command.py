@@ -81,7 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
 
 
 def _compact(arguments: argparse.Namespace) -> None:
-    _check_folder(arguments.dir)
+    check_folder(arguments.dir)
     for merged in compaction.compact(arguments.dir):
         if merged.file is None:
             print(f"{merged.table}: nothing to merge")
@@ -111,7 +111,7 @@ def _show(arguments: argparse.Namespace) -> None:
         for row in rows:
             print(trial_list.to_json(row, columns))
     else:
-        print(trial_list.format_table(rows, columns, width=_terminal_width()))
+        print(trial_list.format_table(rows, columns, width=terminal_width()))
 
 
 def _diff(arguments: argparse.Namespace) -> None:
@@ -125,7 +125,7 @@ def _diff(arguments: argparse.Namespace) -> None:
     names = tuple(f"trial {told}" for told in arguments.diff)
     if names[0] == names[1]:
         raise OutputError(f"{names[0]} does not differ from itself; name two trials")
-    print(trial_list.format_comparison(items, (names[0], names[1]), _terminal_width()))
+    print(trial_list.format_comparison(items, (names[0], names[1]), terminal_width()))
 
 
 def _find(rows: Sequence[dict[str, Any]], told: str, place: str) -> dict[str, Any]:
@@ -136,29 +136,18 @@ def _find(rows: Sequence[dict[str, Any]], told: str, place: str) -> dict[str, An
     of_trial = [row for row in rows if row["trial"] == int(match[1])]
     if not of_trial:
         numbers = sorted({row["trial"] for row in rows if row["trial"] is not None})
-        raise OutputError(f"{place} has no trial {match[1]}; it has {_ranges(numbers)}")
+        raise OutputError(f"{place} has no trial {match[1]}; it has {trial_list.number_ranges(numbers)}")
     if match[2] is None:
         return of_trial[-1]
     found = [row for row in of_trial if row["attempt"] == int(match[2])]
     if not found:
-        attempts = _ranges(sorted(row["attempt"] for row in of_trial))
+        attempts = trial_list.number_ranges(sorted(row["attempt"] for row in of_trial))
         raise OutputError(f"trial {match[1]} has no attempt {match[2]}; it has {attempts}")
     return found[0]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0 to 3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-
-
 def _read_attempts(place: str) -> pa.Table:
-    _check_folder(place)
+    check_folder(place)
     attempts = results.read_table(place, "trials")
     if attempts.num_rows == 0:
         raise OutputError(
@@ -168,7 +157,8 @@ def _read_attempts(place: str) -> pa.Table:
     return attempts
 
 
-def _check_folder(place: str) -> None:
+def check_folder(place: str) -> None:
+    """Raise an OutputError unless there is such a folder."""
     try:
         filesystem, path = storage.resolve(place)
         kind = filesystem.get_file_info(path).type
@@ -194,6 +184,6 @@ def _studies_below(place: str) -> str:
     return f", for example {storage.join(place, names[0])}" if names else ""
 
 
-def _terminal_width() -> int | None:
+def terminal_width() -> int | None:
     """None where nobody looks at a terminal: whole columns then."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -55,6 +55,9 @@ _ORIGIN = (
     "study",
     "seed",
     "data_sha256",
+    "initial_weights_sha256",
+    "first_batch_sha256",
+    "last_batch_sha256",
     "model_revision",
     "code_version",
     "strategy",
@@ -64,7 +67,15 @@ _ORIGIN = (
     "device",
     "hostname",
 )
-_NOT_COMPARED = {"trial", "config_json", "study_json", "packages_json", "config_sha256", "traceback"}
+_NOT_COMPARED = {
+    "trial",
+    "config_json",
+    "study_json",
+    "confirm_json",
+    "packages_json",
+    "config_sha256",
+    "traceback",
+}
 """What two trials never share, or what is told item by item."""
 
 MIN_TEXT_WIDTH, MIN_NUMBER_WIDTH = 8, 5
@@ -202,6 +213,17 @@ def format_cell(name: str, value: Any) -> str:
     if isinstance(value, datetime.datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     return " ".join(str(value).split())
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Sorted whole numbers for people: `0 to 3, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def to_json(row: Row, columns: Sequence[str]) -> str:
