@@ -137,7 +137,7 @@ class ActiveForgetting:
         self.every_steps = every_steps
         self._optimizer = optimizer
         self._weight = embedding.weight
-        self._padding_row = embedding.padding_idx
+        self._padding_row = getattr(embedding, "padding_idx", None)
         self._seed = seed
         self._num_steps = num_steps
         former = next(g for g in optimizer.param_groups if any(p is self._weight for p in g["params"]))

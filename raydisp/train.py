@@ -32,12 +32,7 @@ from raydisp.memory import (
     peak_memory_bytes,
     reset_peak_memory,
 )
-from raydisp.optimizer import (
-    allocate_moments,
-    make_optimizer,
-    set_learning_rate,
-    training_tensors,
-)
+from raydisp.optimizer import allocate_moments, make_optimizer, set_learning_rate, training_tensors
 from raydisp.parallel import (
     Layout,
     all_reduce_sum,
@@ -185,7 +180,8 @@ def train(
             machine must be left now, if it must: the same on all workers.
         test_blocks: evaluated as a whole at the end, for the loss alone.
         on_end: called once on all workers after the last evaluation of a training that came to its end, with
-            the trained model in its wrapper (DDP's) and, under fsdp, in shards; its time does not count.
+            the trained model in its wrapper (DDP's) and, under fsdp, in shards. Its time and its memory do
+            not count.
     Raises:
         DivergedError: the loss or the gradient is not finite; raised on all workers at the same step,
             before the optimizer used it.
@@ -354,7 +350,7 @@ def train(
         used = settings_in_use(model, optimizer, term, trial, noise=noise, forgetting=forgetting)
         if checkpoints is not None:
             checkpoints.wait()
-        train_s = elapsed_s()
+        train_s, peak_memory = elapsed_s(), peak_memory_bytes(layout.device)
         if on_end is not None and final is not None:
             on_end(wrapped)
     except PreemptedError:
@@ -384,7 +380,7 @@ def train(
         test_loss=None if test is None else test.loss,
         train_s=train_s,
         tokens_per_s=steps_here * tokens_per_step / steps_s if steps_here else None,
-        peak_memory_bytes=peak_memory_bytes(layout.device),
+        peak_memory_bytes=peak_memory,
         micro_batch_tokens=micro * trial.data.context_length,
         precision=precision,
         used=used,

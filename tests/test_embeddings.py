@@ -242,6 +242,14 @@ def test_noise_is_a_function_of_seed_step_and_sequence() -> None:
             assert (one == other).sum() < 3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_noise_is_the_same_on_a_gpu() -> None:
+    numbers = torch.arange(64)
+    settings: dict[str, int] = {"length": 128, "num_features": 96, "seed": 3, "step": 7}
+    assert torch.equal(draw_noise(numbers.cuda(), **settings).cpu(), draw_noise(numbers, **settings))
+
+
 def test_noise_is_uniform_and_independent() -> None:
     noise = noise_of(*range(64), length=32, num_features=64).double()  # 131,072 numbers
     assert noise.abs().max() < 1

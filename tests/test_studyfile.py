@@ -98,8 +98,8 @@ def line_of(key: str) -> int:
         (
             "active_forgetting.every_steps=200",
             "active_forgetting.every_steps = 200 is not below the 200 steps of the trial "
-            "(train.budget_tokens = 204800 in steps of train.global_batch_tokens = 1024), so nothing would be "
-            "forgotten; at most 199 is allowed: lower it, raise train.budget_tokens, or use null for no "
+            "(train.budget_tokens = 204800 in steps of train.global_batch_tokens = 1024), so nothing would "
+            "be forgotten; at most 199 is allowed: lower it, raise train.budget_tokens, or use null for no "
             "forgetting",
         ),
         ("active_forgetting.every_steps=0", "active_forgetting.every_steps = 0 is not at least 1"),
