@@ -528,8 +528,9 @@ def read_config_json(text: str) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(text)
     for part, field in TrialConfig.model_fields.items():
         if isinstance(field.default, Section):
-            defaults = field.default.model_dump(mode="json")
-            tree[part] = {**defaults, **tree[part]} if isinstance(tree.get(part), dict) else defaults
+            known = tree.setdefault(part, {})
+            for name, default in field.default.model_dump(mode="json").items():
+                known.setdefault(name, default)
     return tree
 
 
