@@ -276,9 +276,8 @@ class DispersionConfig(Section):
     def _sign_is_meant(self) -> DispersionConfig:
         if self.weight < 0 and not self.allow_negative_weight:
             raise ValueError(
-                f"dispersion.weight = {self.weight:g} is below 0, which rewards what the loss is there to "
-                "reduce; use a weight of at least 0, or say dispersion.allow_negative_weight: true if it is "
-                "meant"
+                f"dispersion.weight = {self.weight} is not at least 0.0: below, it rewards what the loss is "
+                "there to reduce; raise it, or say dispersion.allow_negative_weight: true if that is meant"
             )
         return self
 
