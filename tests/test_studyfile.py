@@ -87,8 +87,8 @@ def line_of(key: str) -> int:
         ("dispersion.layers=3", "dispersion.layers = 3 is not one of all, last"),
         (
             "dispersion.weight=-0.5",
-            "dispersion.weight = -0.5 is not at least 0.0: below, it rewards what the loss is there to reduce; "
-            "raise it, or say dispersion.allow_negative_weight: true if that is meant",
+            "dispersion.weight = -0.5 is not at least 0.0: below, it rewards what the loss is there to "
+            "reduce; raise it, or say dispersion.allow_negative_weight: true if that is meant",
         ),
         ("dispersion.weight=.nan", "dispersion.weight = NaN is not a finite number"),
         ("noisy_embedding.alpha=-1", "noisy_embedding.alpha = -1 is not at least 0.0"),
@@ -112,7 +112,7 @@ def line_of(key: str) -> int:
         ),
         (
             "search.space={dispersion.weight: {low: -1, high: 1}}",
-            'search.space["dispersion.weight"].low = -1 is not allowed: dispersion.weight = -1.0 is not at least',
+            'search.space["dispersion.weight"].low = -1 is not allowed: dispersion.weight = -1.0 is not',
         ),
         (
             "search.space={dispersion.allow_negative_weight: [true, false]}",
