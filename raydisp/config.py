@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from raydisp.layers import LAYER_CHOICES, resolve_layers
 from raydisp.search_config import SearchConfig
@@ -221,8 +221,22 @@ class TrainConfig(Section):
 class DispersionConfig(Section):
     """The dispersion term: total loss = cross-entropy + weight x mean over the chosen layers."""
 
+    model_config = ConfigDict(
+        # The rule of `_sign_is_meant`, for editors.
+        json_schema_extra={
+            "if": {
+                "properties": {"allow_negative_weight": {"const": True}},
+                "required": ["allow_negative_weight"],
+            },
+            "else": {"properties": {"weight": {"minimum": 0}}},
+        }
+    )
+
     variant: Variant = "angular_spread"
-    weight: Annotated[float, Field(ge=0.0)] = 0.1
+    weight: Annotated[float, Field(description="at least 0, unless allow_negative_weight")] = 0.1
+    allow_negative_weight: Annotated[
+        bool, Field(description="weights below 0 are meant: they reward what the loss otherwise punishes")
+    ] = False
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     layers: Annotated[
         str | list[Annotated[int, Field(ge=0)]],
@@ -257,6 +271,37 @@ class DispersionConfig(Section):
         else:
             raise ValueError(f"layers is not one of {', '.join(LAYER_CHOICES)} or a list of layer numbers")
         return value
+
+    @model_validator(mode="after")
+    def _sign_is_meant(self) -> DispersionConfig:
+        if self.weight < 0 and not self.allow_negative_weight:
+            raise ValueError(
+                f"dispersion.weight = {self.weight} is not at least 0.0: below, it rewards what the loss is "
+                "there to reduce; raise it, or say dispersion.allow_negative_weight: true if that is meant"
+            )
+        return self
+
+
+class NoisyEmbeddingConfig(Section):
+    """NEFTune (arXiv 2310.05914): uniform noise on the input embeddings, while training only."""
+
+    alpha: Annotated[
+        float,
+        Field(ge=0.0, description="noise in +-alpha / sqrt(tokens of a sequence x features); 0: none"),
+    ] = 0.0
+
+
+class ActiveForgettingConfig(Section):
+    """Active forgetting (arXiv 2307.01163): the input embeddings are drawn anew every so many steps.
+
+    They have a learning rate of their own: linear warm-up over 8 % of the steps, then linear to 0, run
+    through once between two resets.
+    """
+
+    every_steps: Annotated[
+        PositiveInt | None, Field(description="fewer than the trial has steps; null: no forgetting")
+    ] = None
+    learning_rate: Annotated[float, Field(gt=0.0, description="peak, of the input embeddings")] = 5.0e-5
 
 
 # --- the rest ----------------------------------------------------------------------------------------
@@ -343,6 +388,8 @@ class TrialConfig(Section):
     data: DataConfig
     train: TrainConfig
     dispersion: DispersionConfig = DispersionConfig()
+    noisy_embedding: NoisyEmbeddingConfig = NoisyEmbeddingConfig()
+    active_forgetting: ActiveForgettingConfig = ActiveForgettingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: Seed = 0
@@ -372,6 +419,16 @@ class TrialConfig(Section):
                 resolve_layers(self.dispersion.layers, self.model.num_layers)
             except ValueError as error:
                 raise ValueError(f"dispersion.{error}") from None
+        every = self.active_forgetting.every_steps
+        if every is not None and every >= self.num_steps:
+            most = self.num_steps - 1
+            allowed = f"at most {most} is allowed" if most else "one step leaves none between two resets"
+            raise ValueError(
+                f"active_forgetting.every_steps = {every} is not below the {self.num_steps} steps of the "
+                f"trial (train.budget_tokens = {train.budget_tokens} in steps of train.global_batch_tokens = "
+                f"{train.global_batch_tokens}), so nothing would be forgotten; {allowed}: lower it, raise "
+                "train.budget_tokens, or use null for no forgetting"
+            )
         return self
 
     @property
@@ -392,8 +449,14 @@ class TrialConfig(Section):
         fields = self.model_dump(
             mode="json",
             exclude_defaults=True,
-            exclude={"checkpoint": True, "train": set(EFFORT_FIELDS)},
+            exclude={
+                "checkpoint": True,
+                "train": set(EFFORT_FIELDS),
+                "dispersion": {"allow_negative_weight"},
+            },
         )
+        if not fields.get("dispersion", True):
+            del fields["dispersion"]  # nothing but the permission was said
         # A discriminator has no default, but say it outright: it decides what the other keys mean.
         fields["schema_version"] = SCHEMA_VERSION
         return fields
@@ -456,6 +519,17 @@ def field_of(tree: Any, dotted: str) -> Any:
     """What stands under a dotted name in a tree of plain values, such as a row's `config_json`."""
     for name in dotted.split("."):
         tree = tree[name]
+    return tree
+
+
+def read_config_json(text: str) -> dict[str, Any]:
+    """A row's `config_json` as a tree of plain values; what an older version did not know has its default."""
+    tree: dict[str, Any] = json.loads(text)
+    for part, field in TrialConfig.model_fields.items():
+        if isinstance(field.default, Section):
+            known = tree.setdefault(part, {})
+            for name, default in field.default.model_dump(mode="json").items():
+                known.setdefault(name, default)
     return tree
 
 

@@ -29,41 +29,50 @@ class Evaluation:
     """Predicted tokens."""
     perplexity: float
     bits_per_byte: float
-    condensation: CondensationResult
+    condensation: CondensationResult | None
+    """None: it was not measured."""
 
     @property
-    def layer_cosine_mean(self) -> float:
+    def layer_cosine_mean(self) -> float | None:
         """Mean over the transformer layers 1..n of their mean cosine (the embedding output is left out)."""
+        if self.condensation is None:
+            return None
         layers = self.condensation.cosine_mean[1:]
         return math.fsum(layers) / len(layers)
 
     def metrics(self) -> dict[str, float | None]:
         """As the columns of `trials` have it, where the split is the validation split."""
+        measured = self.condensation
         return {
             "val_loss": self.loss,
             "val_perplexity": self.perplexity,
             "val_bits_per_byte": self.bits_per_byte,
             "layer_cosine_mean": self.layer_cosine_mean,
-            "spearman": self.condensation.spearman,
-            "kendall": self.condensation.kendall,
+            "spearman": None if measured is None else measured.spearman,
+            "kendall": None if measured is None else measured.kendall,
         }
 
     def rows(self, step: int, num_tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The rows of this evaluation for the tables `evals` and `layers`."""
         at = {"step": step, "num_tokens": num_tokens}
         measured = self.condensation
-        values = [
+        values: list[tuple[str, float | None, int, float | None]] = [
             ("loss", self.loss, self.num_tokens, self.stderr),
             ("perplexity", self.perplexity, self.num_tokens, None),
             ("bits_per_byte", self.bits_per_byte, self.num_tokens, None),
-            ("layer_cosine_mean", self.layer_cosine_mean, measured.num_sequences, None),
-            ("spearman", measured.spearman, measured.num_sequences, None),
-            ("kendall", measured.kendall, measured.num_sequences, None),
         ]
+        if measured is not None:
+            values += [
+                ("layer_cosine_mean", self.layer_cosine_mean, measured.num_sequences, None),
+                ("spearman", measured.spearman, measured.num_sequences, None),
+                ("kendall", measured.kendall, measured.num_sequences, None),
+            ]
         evals = [
             {**at, "split": self.split, "name": name, "value": value, "num_items": items, "stderr": stderr}
             for name, value, items, stderr in values
         ]
+        if measured is None:
+            return evals, []
         columns = (
             "cosine_mean",
             "cosine_centred_mean",
@@ -106,6 +115,7 @@ def evaluate(
     condensation_tokens: int | None,
     batch_sequences: int,
     autocast: AbstractContextManager[Any],
+    measure_condensation: bool = True,
 ) -> Evaluation:
     """Evaluate on the first sequences of a split, shared between all workers; all must call it.
 
@@ -116,9 +126,12 @@ def evaluate(
             evaluation of a trial, so that its layers compare over training.
         batch_sequences: sequences per forward pass.
         autocast: entered around each forward pass; reusable.
+        measure_condensation: False: losses alone.
     """
     num_sequences = _whole_sequences(max_tokens, blocks)
-    num_measured = min(_whole_sequences(condensation_tokens, blocks), num_sequences)
+    num_measured = 0
+    if measure_condensation:
+        num_measured = min(_whole_sequences(condensation_tokens, blocks), num_sequences)
     plain = unwrap(model)
     num_layers = num_hidden_layers(plain)
     condensation = CondensationAccumulator(num_layers + 1, device=layout.device)
@@ -131,7 +144,7 @@ def evaluate(
     plain.eval()
     # Not output_hidden_states: Hugging Face would leave hooks on the modules inside the blocks, at which
     # torch.compile has to break up its graphs.
-    capture = HiddenStateCapture(plain, range(num_layers + 1))
+    capture = HiddenStateCapture(plain, range(num_layers + 1))  # where nothing records, it costs nothing
     try:
         with torch.no_grad():
             for chunk in shares[layout.rank]:
@@ -152,7 +165,7 @@ def evaluate(
     finally:
         capture.remove()
         plain.train(was_training)
-    all_reduce_sum([sums, *condensation.tensors()], layout)
+    all_reduce_sum([sums, *(condensation.tensors() if measure_condensation else ())], layout)
     total, squares, count = sums.tolist()
     predicted = blocks.context_length - 1
     loss = total / (count * predicted)
@@ -165,7 +178,7 @@ def evaluate(
         # Nats per token to bits per byte, by the tokens and bytes of the whole split: comparable between
         # tokenizers.
         bits_per_byte=loss / math.log(2) * blocks.num_tokens / blocks.num_bytes,
-        condensation=condensation.result(),
+        condensation=condensation.result() if measure_condensation else None,
     )
 
 

@@ -114,7 +114,10 @@ def history_panel(trials: pa.Table, objective: Objective) -> Panel:
 
 
 def dose_panel(trials: pa.Table, objective: Objective) -> Panel:
-    """Objective against weight, and against weight / temperature where both vary."""
+    """Objective against weight, and against weight / temperature where both vary.
+
+    Weights below 0 have no logarithm: where there are any, the axis is linear, and 0 has a place on it.
+    """
     title = "Dose-response"
     doses = [
         dose for dose in analysis.dose_response(trials, objective).to_pylist() if dose["weight"] is not None
@@ -123,30 +126,33 @@ def dose_panel(trials: pa.Table, objective: Objective) -> Panel:
         return Panel(
             title, f"No figure: no search trial has completed with a weight and a {objective.metric}."
         )
-    positive = [dose for dose in doses if dose["weight"] > 0]
-    if not positive:
+    if all(dose["weight"] == 0 for dose in doses):
         return Panel(title, "No figure: every completed search trial has weight 0.")
-    plots = [_dose_plot("weight", "dispersion weight", positive, trials, objective)]
-    relative = [dose for dose in positive if dose["weight_per_temperature"] is not None]
+    log = all(dose["weight"] >= 0 for dose in doses)
+    drawn = [dose for dose in doses if dose["weight"] > 0 or not log]
+    plots = [_dose_plot("weight", "dispersion weight", drawn, trials, objective, log=log)]
+    relative = [dose for dose in drawn if dose["weight_per_temperature"] is not None]
     sentence = (
         f"{_capitalised(MEASURES[objective.metric].label)} of each completed search trial against the weight "
-        "of the dispersion loss (no unit, logarithmic axis), by the layers it acts on; the ring is the best "
-        f"trial{_dashes(trials, objective)}; {_unit(objective.metric)}."
+        f"of the dispersion loss (no unit, {'logarithmic' if log else 'linear'} axis), by the layers it acts "
+        f"on; the ring is the best trial{_dashes(trials, objective)}; {_unit(objective.metric)}."
     )
     if all(len({dose[field] for dose in relative}) > 1 for field in ("weight", "temperature")):
         axis = "weight / temperature"
-        plots.append(_dose_plot("weight_per_temperature", axis, relative, trials, objective))
+        plots.append(_dose_plot("weight_per_temperature", axis, relative, trials, objective, log=log))
         sentence += (
             " For temperatures of 1 and more the loss depends on little but weight / temperature, so that is "
             "drawn too."
         )
-    if len(positive) < len(doses):
-        sentence += f" Weight 0 has no place on this axis: {len(doses) - len(positive)} trials are not drawn."
+    if len(drawn) < len(doses):
+        sentence += f" Weight 0 has no place on this axis: {len(doses) - len(drawn)} trials are not drawn."
     return Panel(title, sentence + _unseen(trials, objective), plots)
 
 
-def _dose_plot(column: str, axis: str, doses: list[Row], trials: pa.Table, objective: Objective) -> Plot:
-    figure = _figure(f"{axis} (log scale)", MEASURES[objective.metric].axis)
+def _dose_plot(
+    column: str, axis: str, doses: list[Row], trials: pa.Table, objective: Objective, *, log: bool
+) -> Plot:
+    figure = _figure(f"{axis} (log scale)" if log else axis, MEASURES[objective.metric].axis)
     for name, (colour, symbol), group in _by_layers(doses):
         figure.add_scatter(
             # A long list of layers would leave the legend no room; the hover text has all of it.
@@ -171,9 +177,14 @@ def _dose_plot(column: str, axis: str, doses: list[Row], trials: pa.Table, objec
         )
     low, high = min(dose[column] for dose in doses), max(dose[column] for dose in doses)
     # A little air; much of it around a single dose, so that the axis has more than one tick.
-    low, high = (low / 1.4, high * 1.4) if high > 2 * low else (low / 4, high * 4)
+    if log:
+        low, high = (low / 1.4, high * 1.4) if high > 2 * low else (low / 4, high * 4)
+        figure.update_xaxes(type="log", range=[math.log10(low), math.log10(high)], **_log_ticks(low, high))
+    else:
+        air = 0.05 * (high - low) or abs(low)
+        low, high = low - air, high + air
+        figure.update_xaxes(range=[low, high])
     _add_baseline(figure, trials, objective, [low, high])
-    figure.update_xaxes(type="log", range=[math.log10(low), math.log10(high)], **_log_ticks(low, high))
     return Plot(f"dose-{column.replace('_', '-')}", f"against {axis}", figure)
 
 

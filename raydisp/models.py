@@ -92,6 +92,17 @@ def model_summary(model: ModelConfig, context_length: int) -> ModelSummary:
     )
 
 
+def ties_embeddings(model: ModelConfig) -> bool:
+    """Whether the output head shares the weight of the input embeddings, from the configuration alone.
+
+    Raises:
+        ModelError: the model is not there.
+    """
+    if isinstance(model, ScratchModel):
+        return model.tie_embeddings
+    return bool(_pretrained_config(model, None).get_text_config().tie_word_embeddings)
+
+
 def _count_scratch_parameters(model: ScratchModel, context_length: int) -> int:
     """By arithmetic: torch and transformers take seconds to import, and the command needs them for nothing
     else."""

@@ -26,6 +26,17 @@ def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW
     )
 
 
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, num_steps: int, settings: TrainConfig
+) -> float:
+    """Set the learning rate of step 0..num_steps-1 in all groups; returns it, as the first group has it."""
+    factor = learning_rate_factor(step, num_steps, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    rate: float = optimizer.param_groups[0]["lr"]
+    return rate
+
+
 def learning_rate_factor(step: int, num_steps: int, settings: TrainConfig) -> float:
     """Share of the peak learning rate in step 0..num_steps-1: linear warm-up, then half a cosine.
 

@@ -13,7 +13,7 @@ from raydisp.corpus import CorpusSummary
 from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
-from raydisp.models import ModelSummary, load_tokenizer, model_summary
+from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_embeddings
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac
 from raydisp.warm_start import WarmStart, read_warm_starts
@@ -31,6 +31,8 @@ class StudyPlan:
     resources: Plan | None
     """None where a cluster is joined: it is asked when the study starts."""
     warm_starts: list[WarmStart]
+    forgets_head: bool = False
+    """Active forgetting would draw the output head anew too: it shares the input embeddings' weight."""
 
     def headline(self) -> str:
         """One line: what is about to run."""
@@ -56,6 +58,10 @@ class StudyPlan:
             ("trials", self._describe_trials()),
             ("training", self._describe_training()),
             ("dispersion", self._describe_dispersion()),
+            *[
+                ("embeddings" if index == 0 else "", text)
+                for index, text in enumerate(self._describe_embeddings())
+            ],
             ("search", self._describe_search()),
             *[("", f"{name}: {space.describe(value)}") for name, value in search.space.items()],
             *[
@@ -92,6 +98,12 @@ class StudyPlan:
         if self.resources:
             concurrency = concurrency_warning(self.study, self.resources.max_concurrent_trials)
             found += [concurrency] if concurrency else []
+        if self.forgets_head:
+            found.append(
+                "active_forgetting draws the input embeddings anew, and the output head of this model shares "
+                "their weight (tied), so that each reset loses the head too; an untied model keeps its head"
+                + (" (model.tie_embeddings: false)" if self.study.model.source == "scratch" else "")
+            )
         changing = [name for name in search.space if name.startswith("data.") or name == "model.vocab_size"]
         metrics = [one.metric for one in search.objectives]
         affected = [name for name in metrics if name in ("val_loss", "val_perplexity", "train_loss")]
@@ -218,6 +230,20 @@ class StudyPlan:
             f"{settings.layers} ({', '.join(map(str, layers))}), clamp {settings.clamp:g}"
         )
 
+    def _describe_embeddings(self) -> list[str]:
+        """The methods that are compared with dispersion, where the study file itself switches them on."""
+        noisy, forgetting = self.study.noisy_embedding, self.study.active_forgetting
+        lines = []
+        if noisy.alpha:
+            lines.append(f"noise of alpha {noisy.alpha:g} on the input embeddings while training")
+        if forgetting.every_steps is not None:
+            lines.append(
+                f"input embeddings drawn anew every {forgetting.every_steps:,} steps, "
+                f"{_count((self.study.num_steps - 1) // forgetting.every_steps, 'time')} in all; their peak "
+                f"learning rate {forgetting.learning_rate:g}"
+            )
+        return lines
+
     def _describe_disk(self) -> str:
         study = self.study
         evaluations = 2 + (study.num_steps // (study.steps_between(study.evaluate.every_tokens) or 10**18))
@@ -269,7 +295,27 @@ def make_plan(
         load_tokenizer(study.model)
     corpus = check_data(study.trial, cache_folder(study.output))
     agenda = read_agenda(study, study_dir, retry_failed=retry_failed)
-    return StudyPlan(study, study_dir, agenda, model, corpus, resources, read_warm_starts(study))
+    return StudyPlan(
+        study,
+        study_dir,
+        agenda,
+        model,
+        corpus,
+        resources,
+        read_warm_starts(study),
+        forgets_head=_may_forget(study) and _may_be_tied(study),
+    )
+
+
+def _may_forget(study: StudyConfig) -> bool:
+    return study.active_forgetting.every_steps is not None or (
+        "active_forgetting.every_steps" in study.search.space
+    )
+
+
+def _may_be_tied(study: StudyConfig) -> bool:
+    searched = choices_of(study.search.space.get("model.tie_embeddings", []))
+    return any(searched) if searched else ties_embeddings(study.model)
 
 
 def _check_layers(study: StudyConfig, model: ModelSummary) -> None:

@@ -33,15 +33,15 @@ def draw_positions(
     layers = torch.arange(num_layers, device=sequences.device)
     tokens = torch.arange(length, device=sequences.device)
     base = derive_seed("dispersion", seed, step)
-    streams = _mix(_mix(sequences + (base & _LOW_32)) ^ (layers[:, None] + (base >> 32)))
-    keys = _mix(_mix(tokens) ^ streams[..., None])  # [num_layers, B, L], 32 bits
+    streams = mix(mix(sequences + (base & _LOW_32)) ^ (layers[:, None] + (base >> 32)))
+    keys = mix(mix(tokens) ^ streams[..., None])  # [num_layers, B, L], 32 bits
     # The positions of the smallest keys. Each key carries its position, which also settles equal ones.
     carried = (keys << _TOKEN_BITS) | tokens
     smallest = carried.topk(max_tokens, largest=False, sorted=False).values
     return (smallest & (2**_TOKEN_BITS - 1)).sort(-1).values
 
 
-def _mix(numbers: Tensor) -> Tensor:
+def mix(numbers: Tensor) -> Tensor:
     """The low 32 bits of each number, scrambled one to one; int64, the same on every device.
 
     Source: `lowbias32` of Chris Wellons' hash-prospector. Products wrap, and their low bits are right.

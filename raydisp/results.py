@@ -100,7 +100,7 @@ STEP_SCHEMA = pa.schema(
         ("lm_loss", pa.float64()),  # nats per token
         ("dispersion_loss", pa.float64()),  # unweighted; null where the weight is 0
         ("grad_norm", pa.float64()),  # before clipping
-        ("learning_rate", pa.float64()),
+        ("learning_rate", pa.float64()),  # with active_forgetting, of all weights but the input embeddings
         ("elapsed_s", pa.float64()),  # training time since the trial's first step, over its attempts
     ]
 )

@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 from raydisp import results, space, storage
 from raydisp.agenda import BASELINE, Agenda
 from raydisp.cluster import Plan
-from raydisp.config import StudyConfig, field_of, replace_fields
+from raydisp.config import StudyConfig, field_of, read_config_json, replace_fields
 from raydisp.curves import EVALUATED, Point, read_curves
 from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError
@@ -78,7 +78,7 @@ class Recorded:
         self._curves = [curves[row["trial"]] for row in rows]
         self._names = names
         self.points = [
-            {name: field_of(json.loads(row["config_json"]), name) for name in names} for row in rows
+            {name: field_of(read_config_json(row["config_json"]), name) for name in names} for row in rows
         ]
         searched = [point for point, row in zip(self.points, rows, strict=True) if row["arm"] != "baseline"]
         self._axes = {name: _Axis(study, name, [point[name] for point in searched]) for name in names}
@@ -217,7 +217,7 @@ def load_recorded(study: StudyConfig, origin: str) -> Recorded:
                 f"{', '.join(f'{tokens:,}' for tokens in list(points)[:6]) or 'nothing'}, ..."
             )
         kept[row["trial"]] = [(tokens, points[tokens]) for tokens in wanted]
-    configs = [json.loads(row["config_json"]) for row in searched]
+    configs = [read_config_json(row["config_json"]) for row in searched]
     names = [name for name in _varied(configs) if name.split(".")[0] not in ("checkpoint", "evaluate")]
     _refuse_other_settings(study, origin, configs[0], names)
     for name in study.search.space:

@@ -94,6 +94,7 @@ def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
             del tree["search"][name]
         for name in EFFORT_FIELDS:
             del tree["train"][name]
+        del tree["dispersion"]["allow_negative_weight"]  # the weight itself is compared
         # What it stands for counts, not how it is spelt: half of num_trials would change as they grow.
         if tree["search"]["num_startup_trials"] is None:
             del tree["search"]["num_startup_trials"]

@@ -21,6 +21,7 @@ from raydisp.attach import DispersionTerm
 from raydisp.checkpoint import CheckpointFolder, Saved
 from raydisp.config import TrialConfig
 from raydisp.data import BatchLoader, TokenBlocks
+from raydisp.embeddings import ActiveForgetting, EmbeddingNoise
 from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.evaluate import Evaluation, evaluate, token_losses
 from raydisp.layers import unwrap
@@ -31,7 +32,7 @@ from raydisp.memory import (
     peak_memory_bytes,
     reset_peak_memory,
 )
-from raydisp.optimizer import allocate_moments, learning_rate_factor, make_optimizer, training_tensors
+from raydisp.optimizer import allocate_moments, make_optimizer, set_learning_rate, training_tensors
 from raydisp.parallel import (
     Layout,
     all_reduce_sum,
@@ -71,6 +72,8 @@ class TrainResult:
     skipped, or the training was stopped before its end."""
     final: Evaluation | None
     """On the whole validation split; None: the training was stopped before its end."""
+    test_loss: float | None
+    """On the whole test split, nats per token; None: it was not asked for, or the training was stopped."""
     train_s: float
     """Seconds in the loop over all attempts: steps, evaluations, checkpoints."""
     tokens_per_s: float | None
@@ -79,7 +82,7 @@ class TrainResult:
     micro_batch_tokens: int
     precision: str
     used: dict[str, Any]
-    """Settings read back from the live optimizer, dispersion term and model: dotted field name -> value."""
+    """Settings read back from the live objects (optimizer, model, methods): dotted field name -> value."""
 
 
 @dataclass
@@ -153,6 +156,8 @@ def train(
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     must_stop: Callable[[dict[str, Any]], bool] | None = None,
     interruption: Callable[[], str | None] | None = None,
+    test_blocks: TokenBlocks | None = None,
+    on_end: Callable[[nn.Module], None] | None = None,
 ) -> TrainResult:
     """Train a model as the trial says.
 
@@ -173,6 +178,10 @@ def train(
             whether the training ends here, before its budget.
         interruption: called on all workers at the same steps, about every INTERRUPTION_POLL_S; why this
             machine must be left now, if it must: the same on all workers.
+        test_blocks: evaluated as a whole at the end, for the loss alone.
+        on_end: called once on all workers after the last evaluation of a training that came to its end, with
+            the trained model in its wrapper (DDP's) and, under fsdp, in shards. Its time and its memory do
+            not count.
     Raises:
         DivergedError: the loss or the gradient is not finite; raised on all workers at the same step,
             before the optimizer used it.
@@ -190,6 +199,7 @@ def train(
     term = make_term(model, trial)
     wrapped = parallelise(model, layout, trial.train, precision)
     optimizer = make_optimizer(model, trial.train)
+    forgetting = make_forgetting(model, optimizer, trial)
     micro = micro_batch_sequences(trial, layout, vocab_size=model_config(model).vocab_size)
     num_steps, tokens_per_step = trial.num_steps, trial.train.global_batch_tokens
     progress = _Progress.start(trial, precision)
@@ -210,25 +220,34 @@ def train(
         at = {"step": step, "num_tokens": step * tokens_per_step, "elapsed_s": elapsed_s()}
         return {**at, **evaluation.metrics()}
 
-    def run_evaluation(step: int, max_tokens: int | None) -> Evaluation:
+    def measure(step: int, blocks: TokenBlocks, split: str, max_tokens: int | None) -> Evaluation:
         evaluation = evaluate(
             wrapped,
-            validation_blocks,
-            split="validation",
+            blocks,
+            split=split,
             layout=layout,
             max_tokens=max_tokens,
             condensation_tokens=trial.evaluate.max_tokens,
             batch_sequences=micro,
             autocast=autocast,
+            measure_condensation=split == "validation",
         )
         if rows is not None:
             evals, layers = evaluation.rows(step, step * tokens_per_step)
             for table, new in (("evals", evals), ("layers", layers)):
                 for row in new:
                     rows.add(table, row)
+        return evaluation
+
+    def report(step: int, evaluation: Evaluation) -> None:
+        if rows is not None:
             rows.flush(step)
         if on_evaluation is not None:
             on_evaluation(metrics_of(step, evaluation))
+
+    def run_evaluation(step: int) -> Evaluation:
+        evaluation = measure(step, validation_blocks, "validation", trial.evaluate.max_tokens)
+        report(step, evaluation)
         return evaluation
 
     def save_checkpoint(val_loss: float | None, *, wait: bool = False) -> None:
@@ -238,9 +257,10 @@ def train(
         tensors = training_tensors(model, optimizer)
         checkpoints.save(progress.step, tensors, progress.state(elapsed_s()), value=val_loss, wait=wait)
 
+    noise = make_noise(model, trial)
     try:
         if first_step == 0:
-            run_evaluation(0, trial.evaluate.max_tokens)
+            run_evaluation(0)
         if on_start is not None:
             on_start()
         asked = _Interruption(interruption, layout, first_step)
@@ -257,14 +277,23 @@ def train(
         ) as batches:
             for step, batch in enumerate(batches, start=first_step):
                 step_started = time.perf_counter()
-                factor = learning_rate_factor(step, num_steps, trial.train)
-                for group in optimizer.param_groups:
-                    lr = group["lr"] = group["peak_lr"] * factor
+                lr = set_learning_rate(optimizer, step, num_steps, trial.train)
+                if forgetting is not None:
+                    forgetting.set_learning_rate(step)
                 seed_step(trial.seed, step, layout)
                 scale = 1.0 if progress.loss_scale is None else progress.loss_scale.value
                 with _memory_limit_told(step + 1, micro * trial.data.context_length):
                     losses = accumulate_gradients(
-                        wrapped, batch, term, trial, step, layout, micro, autocast, loss_scale=scale
+                        wrapped,
+                        batch,
+                        term,
+                        trial,
+                        step,
+                        layout,
+                        micro,
+                        autocast,
+                        noise=noise,
+                        loss_scale=scale,
                     )
                     grad_norm = clip_gradients(model.parameters(), trial.train.grad_clip, unscale=1 / scale)
                 # The one wait for the device in a step. The numbers are the same on all workers: all of them
@@ -298,11 +327,13 @@ def train(
                     break
                 val_loss = None
                 if evaluate_every and done % evaluate_every == 0:
-                    evaluation = run_evaluation(done, trial.evaluate.max_tokens)
+                    evaluation = run_evaluation(done)
                     val_loss = evaluation.loss
                     stopped = must_stop is not None and must_stop(metrics_of(done, evaluation))
                     if _on_any_worker(stopped, layout):
                         break
+                if forgetting is not None and forgetting.forget(done):
+                    val_loss = None  # of the model before it, and a checkpoint has the one after it
                 if checkpoint_every and done % checkpoint_every == 0:
                     save_checkpoint(val_loss)
                 reason = asked.at(done)
@@ -310,10 +341,18 @@ def train(
                     if checkpoints is not None and (not checkpoint_every or done % checkpoint_every):
                         save_checkpoint(val_loss)
                     raise PreemptedError(done, reason)
-        final = run_evaluation(num_steps, None) if progress.step == num_steps else None
-        used = settings_in_use(model, optimizer, term, trial)
+        final, test = None, None
+        if progress.step == num_steps:
+            final = measure(num_steps, validation_blocks, "validation", None)
+            if test_blocks is not None:
+                test = measure(num_steps, test_blocks, "test", None)
+            report(num_steps, final)
+        used = settings_in_use(model, optimizer, term, trial, noise=noise, forgetting=forgetting)
         if checkpoints is not None:
             checkpoints.wait()
+        train_s, peak_memory = elapsed_s(), peak_memory_bytes(layout.device)
+        if on_end is not None and final is not None:
+            on_end(wrapped)
     except PreemptedError:
         if checkpoints is not None:
             checkpoints.wait()  # no error: all workers are here
@@ -328,6 +367,8 @@ def train(
     finally:
         if term is not None:
             term.remove()
+        if noise is not None:
+            noise.remove()
     steps_here = progress.step - first_step
     recent = progress.recent_lm_losses
     return TrainResult(
@@ -336,9 +377,10 @@ def train(
         num_skipped_steps=progress.num_skipped_steps,
         train_loss=math.fsum(recent) / len(recent) if recent and final is not None else None,
         final=final,
-        train_s=elapsed_s(),
+        test_loss=None if test is None else test.loss,
+        train_s=train_s,
         tokens_per_s=steps_here * tokens_per_step / steps_s if steps_here else None,
-        peak_memory_bytes=peak_memory_bytes(layout.device),
+        peak_memory_bytes=peak_memory,
         micro_batch_tokens=micro * trial.data.context_length,
         precision=precision,
         used=used,
@@ -400,6 +442,7 @@ def accumulate_gradients(
     micro_sequences: int,
     autocast: AbstractContextManager[Any],
     *,
+    noise: EmbeddingNoise | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward over this worker's share of the global batch, in micro-batches.
@@ -411,6 +454,7 @@ def accumulate_gradients(
         model: wrapped; gradients are added to its parameters.
         batch: [B, L] int64, this worker's sequences.
         term: None: no dispersion.
+        noise: None: none on the input embeddings.
         loss_scale: factor of the gradients, as fp16 needs one.
     Returns:
         (cross-entropy, dispersion) of the global batch: scalars, float64, the second unweighted.
@@ -422,16 +466,17 @@ def accumulate_gradients(
     micro_batches = batch.split(micro_sequences)
     for index, micro_batch in enumerate(micro_batches):
         input_ids = micro_batch.to(layout.device, non_blocking=True)
+        first = layout.rank * len(batch) + index * micro_sequences  # in the global batch
         recording = term.recording() if term is not None else contextlib.nullcontext()
+        noisy = noise.added(step, first) if noise is not None else contextlib.nullcontext()
         with gradient_sync(model, enabled=index == len(micro_batches) - 1):
-            with recording, autocast:
+            with recording, noisy, autocast:
                 output = model(input_ids=input_ids, use_cache=False)
             lm_sum = token_losses(output.logits, input_ids).sum() / (context_length - 1)
             objective = lm_sum
             if term is not None:
                 positions = None
                 if term.max_tokens is not None and term.max_tokens < context_length:
-                    first = layout.rank * len(batch) + index * micro_sequences
                     positions = draw_positions(
                         torch.arange(first, first + len(micro_batch), device=layout.device),
                         num_layers=len(term.layers),
@@ -467,8 +512,37 @@ def make_term(model: nn.Module, trial: TrialConfig) -> DispersionTerm | None:
     )
 
 
+def make_noise(model: nn.Module, trial: TrialConfig) -> EmbeddingNoise | None:
+    """The noise on the input embeddings; None where there is none."""
+    alpha = trial.noisy_embedding.alpha
+    return EmbeddingNoise(model, alpha=alpha, seed=trial.seed) if alpha > 0.0 else None
+
+
+def make_forgetting(
+    model: nn.Module, optimizer: torch.optim.Optimizer, trial: TrialConfig
+) -> ActiveForgetting | None:
+    """Who draws the input embeddings anew; None where nobody does."""
+    settings = trial.active_forgetting
+    if settings.every_steps is None:
+        return None
+    return ActiveForgetting(
+        model,
+        optimizer,
+        every_steps=settings.every_steps,
+        learning_rate=settings.learning_rate,
+        seed=trial.seed,
+        num_steps=trial.num_steps,
+    )
+
+
 def settings_in_use(
-    model: nn.Module, optimizer: torch.optim.Optimizer, term: DispersionTerm | None, trial: TrialConfig
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    term: DispersionTerm | None,
+    trial: TrialConfig,
+    *,
+    noise: EmbeddingNoise | None = None,
+    forgetting: ActiveForgetting | None = None,
 ) -> dict[str, Any]:
     """Settings read back from the live objects, for those that can be searched: what really ran."""
     decayed = optimizer.param_groups[0]
@@ -480,6 +554,8 @@ def settings_in_use(
         "train.beta1": decayed["betas"][0],
         "train.beta2": decayed["betas"][1],
         "dispersion.weight": 0.0,
+        "noisy_embedding.alpha": 0.0 if noise is None else noise.alpha,
+        "active_forgetting.every_steps": None if forgetting is None else forgetting.every_steps,
     }
     for name, attribute in (
         ("num_layers", "num_hidden_layers"),
@@ -493,6 +569,8 @@ def settings_in_use(
         for name in ("weight", "variant", "temperature", "clamp", "margin", "max_tokens"):
             used[f"dispersion.{name}"] = getattr(term, name)
         used["dispersion.layers"] = list(term.layers)
+    if forgetting is not None:
+        used["active_forgetting.learning_rate"] = forgetting.group["peak_lr"]
     return used
 
 

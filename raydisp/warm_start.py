@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from raydisp import results, space, storage
-from raydisp.config import EFFORT_FIELDS, StudyConfig
+from raydisp.config import EFFORT_FIELDS, StudyConfig, read_config_json
 from raydisp.errors import OutputError
 from raydisp.stopping import full_tokens
 
@@ -83,7 +82,7 @@ def _why_not(study: StudyConfig, row: Row, data_sha256: str | None) -> str | Non
         return "with other tokens"
     if None not in (data_sha256, row["data_sha256"]) and row["data_sha256"] != data_sha256:
         return "on other data"
-    config = json.loads(row["config_json"])
+    config = read_config_json(row["config_json"])
     try:
         values = space.searched_values(study, config)
     except (KeyError, TypeError):
@@ -110,7 +109,8 @@ def comparable_fields(config: Mapping[str, Any], apart: Collection[str]) -> dict
             continue
         for name, value in fields.items():
             dotted = f"{part}.{name}"
-            if dotted not in apart and not (part == "train" and name in EFFORT_FIELDS):
+            effort = part == "train" and name in EFFORT_FIELDS
+            if dotted not in apart and not effort and dotted != "dispersion.allow_negative_weight":
                 flat[dotted] = value
     # The budget is compared in the tokens that were really seen.
     flat.pop("train.budget_tokens", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from raydisp import cluster
 from raydisp.capacity import Growth, Node, NodeGroup, Offer
 from raydisp.cluster import DRIVER_RESOURCES, HEADLESS_DRIVER_RESOURCES, plan_resources
-from raydisp.config import StudyConfig
+from raydisp.config import PathModel, StudyConfig
 from raydisp.errors import ConfigError, ResourceError
 from raydisp.plan import concurrency_warning, make_plan
 
@@ -201,6 +202,41 @@ def test_warnings(tree: dict[str, Any], tmp_path: Any, changes: dict[str, Any], 
     tree["search"].update(changes)
     plan = make_plan(StudyConfig.model_validate(tree), str(tmp_path), "local")
     assert any(sentence in warning for warning in plan.warnings())
+
+
+TIED = "the output head of this model shares their weight (tied), so that each reset loses the head too"
+
+
+def test_the_plan_says_that_a_tied_head_is_forgotten_too(tree: dict[str, Any], tmp_path: Any) -> None:
+    def plan(**parts: Any) -> Any:
+        changed = copy.deepcopy(tree)
+        for part, fields in parts.items():
+            changed[part].update(fields) if part in changed else changed.update({part: fields})
+        return make_plan(StudyConfig.model_validate(changed), str(tmp_path), "local")
+
+    every = {"every_steps": 4}
+    told = plan(active_forgetting=every, noisy_embedding={"alpha": 2.5})
+    assert any(TIED in warning and "model.tie_embeddings: false" in warning for warning in told.warnings())
+    assert "input embeddings drawn anew every 4 steps, 2 times in all; their peak learning rate 5e-05" in (
+        told.describe()
+    )
+    assert "noise of alpha 2.5 on the input embeddings while training" in told.describe()
+    assert plan(active_forgetting=every, model={"tie_embeddings": False}).warnings() == []
+    searched = {"active_forgetting.every_steps": [None, 4], "model.tie_embeddings": [False, True]}
+    assert any(TIED in warning for warning in plan(search={"space": searched}).warnings())
+    assert "embeddings" not in plan().describe().replace("tie_embeddings", "")
+
+
+def test_a_tied_head_of_a_pretrained_model_is_told(tree: dict[str, Any], tmp_path: Any) -> None:
+    from raydisp import models
+
+    for tied in (True, False):
+        tree["model"]["tie_embeddings"] = tied
+        scratch = StudyConfig.model_validate(tree).model
+        model = models.build_model(scratch, context_length=16, eos_token_id=0, seed=0)
+        model.save_pretrained(tmp_path / str(tied))
+        found = models.ties_embeddings(PathModel(source="path", path=str(tmp_path / str(tied))))
+        assert found is models.ties_embeddings(scratch) is tied
 
 
 def test_a_study_without_oddities_has_no_warnings(study: StudyConfig, tmp_path: Any) -> None:

@@ -126,6 +126,26 @@ def test_dose_response_leaves_weight_zero_out_and_says_so():
     assert len(panel.plots) == 1  # one dose is left, so weight / temperature says nothing more
 
 
+def test_dose_response_of_weights_below_zero_is_on_a_linear_axis():
+    weights = [-0.8, -0.1, 0.0, 0.4]
+    rows = [trial_row(0)]
+    rows += [trial_row(number + 1, **{"dispersion.weight": weight}) for number, weight in enumerate(weights)]
+    panel = figures.dose_panel(sample_tables(rows).trials, VAL_LOSS)
+    for plot, divided in zip(panel.plots, (False, True), strict=True):
+        doses = sorted(
+            weight / row["dispersion.temperature"] if divided else weight
+            for weight, row in zip(weights, rows[1:], strict=True)
+        )
+        points = [x for name, t in traces(plot.figure).items() if not name.startswith("b") for x in t["x"]]
+        assert sorted(points) == doses, "0 has a place on it too"
+        axis = plot.figure.layout.xaxis
+        assert axis.type != "log"
+        assert axis.range[0] < doses[0] < doses[-1] < axis.range[1]
+        assert "log scale" not in axis.title.text
+    assert "linear axis" in panel.sentence
+    assert "no place on this axis" not in panel.sentence
+
+
 def test_many_layer_choices_share_one_style():
     rows = [trial_row(0)]
     rows += [

@@ -12,7 +12,7 @@ import yaml
 
 from raydisp.config import StudyConfig
 from raydisp.errors import ConfigError
-from raydisp.studyfile import differences, dump_study, load_study
+from raydisp.studyfile import differences, dump_study, load_study, parse_study
 
 STUDIES = sorted(Path(__file__).parent.parent.glob("studies/*.yaml"))
 SEARCH = STUDIES[[path.stem for path in STUDIES].index("weight_search")]
@@ -85,6 +85,39 @@ def line_of(key: str) -> int:
         ("dispersion.layers=lasst", 'Did you mean "last"?'),
         ("dispersion.layers=[7]", "dispersion.layers holds 7"),
         ("dispersion.layers=3", "dispersion.layers = 3 is not one of all, last"),
+        (
+            "dispersion.weight=-0.5",
+            "dispersion.weight = -0.5 is not at least 0.0: below, it rewards what the loss is there to "
+            "reduce; raise it, or say dispersion.allow_negative_weight: true if that is meant",
+        ),
+        ("dispersion.weight=.nan", "dispersion.weight = NaN is not a finite number"),
+        ("noisy_embedding.alpha=-1", "noisy_embedding.alpha = -1 is not at least 0.0"),
+        ("noisy_embedding.alpha=.nan", "noisy_embedding.alpha = NaN is not a finite number"),
+        ("noisy_embedding.alpha=.inf", "noisy_embedding.alpha = Infinity is not a finite number"),
+        ("noisy_embedding.aplha=1", 'Did you mean "alpha"?'),
+        (
+            "active_forgetting.every_steps=200",
+            "active_forgetting.every_steps = 200 is not below the 200 steps of the trial "
+            "(train.budget_tokens = 204800 in steps of train.global_batch_tokens = 1024), so nothing would "
+            "be forgotten; at most 199 is allowed: lower it, raise train.budget_tokens, or use null for no "
+            "forgetting",
+        ),
+        ("active_forgetting.every_steps=0", "active_forgetting.every_steps = 0 is not at least 1"),
+        ("active_forgetting.every_steps=1.5", "active_forgetting.every_steps = 1.5 is not a whole number"),
+        ("active_forgetting.learning_rate=0", "active_forgetting.learning_rate = 0 is not above 0.0"),
+        ("active_forgetting.learning_rate=.nan", "learning_rate = NaN is not a finite number"),
+        (
+            "search.space={active_forgetting.every_steps: [50, 200]}",
+            'search.space["active_forgetting.every_steps"][1] = 200 is not allowed: ',
+        ),
+        (
+            "search.space={dispersion.weight: {low: -1, high: 1}}",
+            'search.space["dispersion.weight"].low = -1 is not allowed: dispersion.weight = -1.0 is not',
+        ),
+        (
+            "search.space={dispersion.allow_negative_weight: [true, false]}",
+            "dispersion.allow_negative_weight is the same in all trials of a study",
+        ),
         ("dispersion.max_tokens=200", "is more than the data.context_length = 128 tokens"),
         ("evaluate.max_tokens=100", "is less than one sequence"),
         ("evaluate.tasks=[piqa]", '"tasks" is not a key in evaluate'),
@@ -180,6 +213,12 @@ def test_differences_tell_what_changes_results(tree: dict[str, Any]) -> None:
     assert differences(base, study(search__num_trials=30)) == []
     assert differences(base, study(resources__num_workers=2)) == []
     assert differences(base, study(train__micro_batch_tokens=16)) == []
+    assert differences(base, study(dispersion__allow_negative_weight=True)) == []
+    assert differences(base, study(noisy_embedding__alpha=0.0, active_forgetting__every_steps=None)) == []
+    assert differences(base, study(noisy_embedding__alpha=1.0)) == ["noisy_embedding.alpha (0.0 -> 1.0)"]
+    assert differences(base, study(active_forgetting__every_steps=3)) == [
+        "active_forgetting.every_steps (null -> 3)"
+    ]
     assert differences(base, study(train__learning_rate=0.02)) == ["train.learning_rate (0.01 -> 0.02)"]
     assert differences(base, study(search__sampler="random")) == ['search.sampler ("tpe" -> "random")']
 
@@ -195,6 +234,20 @@ def test_identity_ignores_defaults_and_effort(study: StudyConfig) -> None:
     result = study.train.model_copy(update={"beta2": 0.99})
     assert changed(train=result).trial.sha256 != study.trial.sha256
     assert changed(seed=4).trial.sha256 != study.trial.sha256
+
+
+def test_weights_below_0_need_a_word(tree: dict[str, Any]) -> None:
+    schema = StudyConfig.model_json_schema()
+    tree["dispersion"]["weight"] = -0.5
+    with pytest.raises(jsonschema.ValidationError, match="less than the minimum of 0"):
+        jsonschema.validate(tree, schema)
+    tree["dispersion"]["allow_negative_weight"] = True
+    jsonschema.validate(tree, schema)
+    tree["search"]["space"] = {"dispersion.weight": {"low": -1.0, "high": 1.0}}
+    study = parse_study(yaml.safe_dump(tree), "x.yaml")
+    assert study.dispersion.weight == -0.5
+    assert study.search.space["dispersion.weight"].low == -1.0
+    assert study.trial.identity()["dispersion"] == {"weight": -0.5}
 
 
 def test_variant_names_are_those_of_the_losses() -> None:

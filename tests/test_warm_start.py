@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,22 @@ def test_what_compares(
         ((told, number),) = found.left_out.items()
         assert reason in told
         assert number == 1
+
+
+def test_trials_of_before_there_were_some_fields_compare(
+    tree: dict[str, Any], tmp_path: Path, other: Any
+) -> None:
+    """As an older version wrote them: what it did not know is at its default."""
+    config = json.loads(other(1)["config_json"])
+    del config["noisy_embedding"], config["active_forgetting"], config["dispersion"]["allow_negative_weight"]
+    other(1, config_json=json.dumps(config))
+    assert [row["trial"] for row in read(tree, tmp_path).rows] == [1]
+    tree["dispersion"]["allow_negative_weight"] = True
+    space_of = copy.deepcopy(tree["search"]["space"])
+    space_of["noisy_embedding.alpha"] = {"low": 0.0, "high": 5.0}
+    assert [row["trial"] for row in read(tree, tmp_path, space=space_of).rows] == [1]
+    tree["noisy_embedding"] = {"alpha": 1.0}
+    assert read(tree, tmp_path).left_out == {"with other settings": 1}
 
 
 def test_data_that_are_not_known_yet_are_no_reason(tree: dict[str, Any], tmp_path: Path, other: Any) -> None:
