@@ -1,15 +1,17 @@
-"""What is left to do of a study, by its rows."""
+"""What is left to do of a study's search, by its rows."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from raydisp import results
-from raydisp.config import StudyConfig
+import pyarrow as pa
+import pyarrow.compute as pc
 
-BASELINE = 0
-"""Number of the baseline trial; search trials count from 1."""
+from raydisp import results
+from raydisp.arms import Arms
+from raydisp.config import StudyConfig
 
 Row = dict[str, Any]
 
@@ -22,7 +24,8 @@ class Agenda:
     """Latest rows of trials that have ended for good."""
     resumed: list[Row]
     """Latest rows of trials that were interrupted, and of failed ones that are to be tried again."""
-    needs_baseline: bool
+    fixed: list[int]
+    """Numbers of trials of arms with nothing to search, the baseline most often, that have no row yet."""
     new: list[int]
     """Numbers of search trials that have no row yet."""
     earlier_attempts: list[Row] = dataclasses.field(default_factory=list)
@@ -31,7 +34,7 @@ class Agenda:
     @property
     def num_trials(self) -> int:
         """Trials to run now."""
-        return len(self.resumed) + int(self.needs_baseline) + len(self.new)
+        return len(self.resumed) + len(self.fixed) + len(self.new)
 
 
 def read_agenda(study: StudyConfig, study_dir: str, *, retry_failed: bool = False) -> Agenda:
@@ -44,14 +47,26 @@ def read_agenda(study: StudyConfig, study_dir: str, *, retry_failed: bool = Fals
     """
     # Strictly: what cannot be read may have finished, and would else be run again.
     attempts = results.read_table(study_dir, "trials", strict=True)
+    arms = Arms(study)
+    return make_agenda(
+        attempts.filter(pc.not_equal(attempts["phase"], "confirm")),
+        fixed=arms.fixed_trials,
+        wanted=arms.search_trials,
+        retry_failed=retry_failed,
+    )
+
+
+def make_agenda(
+    attempts: pa.Table, *, fixed: Sequence[int], wanted: Sequence[int], retry_failed: bool
+) -> Agenda:
+    """What is left of trials with these numbers, by the rows of their attempts."""
     rows = results.latest_attempts(attempts).to_pylist()
     latest = {row["trial"]: row["attempt"] for row in rows}
     open_statuses = ("interrupted", "failed") if retry_failed else ("interrupted",)
-    wanted = range(1, study.search.num_trials + 1)
     return Agenda(
         finished=[row for row in rows if row["status"] not in open_statuses],
         resumed=[row for row in rows if row["status"] in open_statuses],
-        needs_baseline=BASELINE not in latest,
+        fixed=[trial for trial in fixed if trial not in latest],
         new=[trial for trial in wanted if trial not in latest],
         earlier_attempts=[row for row in attempts.to_pylist() if row["attempt"] < latest[row["trial"]]],
     )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from raydisp.arms import Arms
 from raydisp.config import StudyConfig
 from raydisp.search_config import Objective
 from raydisp.stopping import full_tokens
@@ -23,6 +24,7 @@ class Budget:
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
         self._search = study.search
+        self._arms = Arms(study)
         self._tokens: dict[int, int] = {}
         self._intervals: list[tuple[datetime.datetime, datetime.datetime]] = []
         self._began: datetime.datetime | None = None
@@ -46,7 +48,7 @@ class Budget:
         if row["status"] == "failed":
             self._failed.append(row)
         rule = self._search.stop_when
-        if rule is None or row["arm"] == "baseline" or row["status"] != "completed":
+        if rule is None or not self._arms.of(row["trial"]).searched or row["status"] != "completed":
             return
         value = row.get(self._counted.metric)
         if value is None or not math.isfinite(value):

@@ -1,8 +1,8 @@
 """The typed study file: its fields, their ranges and defaults, and the identity of a trial.
 
-Defaults live here and in `search_config`, and nowhere else. Reading a file (YAML, overrides, sentences for
-mistakes) is in `studyfile`; rules over several fields of a search are in `space_rules`. The classes are
-strict and frozen, and forbid keys that they do not know.
+Defaults live here, in `search_config` and in `confirm_config`, and nowhere else. Reading a file (YAML,
+overrides, sentences for mistakes) is in `studyfile`; rules over several fields are in `space_rules`. The
+classes are strict and frozen, and forbid keys that they do not know.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from raydisp.confirm_config import ArmsConfig, ConfirmConfig
 from raydisp.layers import LAYER_CHOICES, resolve_layers
 from raydisp.search_config import SearchConfig
 from raydisp.section import Fraction, Int, PositiveInt, Section, Seed, Tokens
@@ -480,6 +481,8 @@ class StudyConfig(TrialConfig):
         ),
     ]
     search: SearchConfig
+    arms: ArmsConfig | None = None
+    confirm: ConfirmConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
     failures: FailuresConfig = FailuresConfig()
     output: Annotated[str, Field(min_length=1, description="folder; results go to <output>/<name>")] = (

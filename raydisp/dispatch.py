@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from raydisp import results, space
-from raydisp.agenda import BASELINE, Agenda, Row
+from raydisp import results
+from raydisp.agenda import Agenda, Row
+from raydisp.arms import Arm, Arms
 from raydisp.budget import Budget
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
@@ -22,8 +23,6 @@ from raydisp.optuna_study import OptunaStudy, copied_statuses
 from raydisp.stopping import full_tokens
 from raydisp.warm_start import read_warm_starts
 from raydisp.worker import Assignment
-
-BASELINE_VALUES: space.Values = {"dispersion.weight": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,24 @@ class Launch:
     lease: str | None = None
     """Of the results folder; a trial that finds another one there stops."""
 
-    def assign(self, trial: int, attempt: int, arm: str, values: Mapping[str, Any]) -> Assignment:
-        """The assignment of one attempt."""
+    def assign(
+        self,
+        trial: int,
+        attempt: int,
+        arm: str,
+        values: Mapping[str, Any],
+        *,
+        stops: bool = True,
+        confirm_json: str | None = None,
+        keep_model: bool = False,
+    ) -> Assignment:
+        """The assignment of one attempt.
+
+        Args:
+            stops: whether the scheduler may stop it.
+            confirm_json: of a trial of the confirm phase: the frozen plan.
+            keep_model: whether its weights are kept at its end.
+        """
         return Assignment(
             study=self.study.model_dump(mode="json"),
             study_dir=self.study_dir,
@@ -55,7 +70,7 @@ class Launch:
             working_dir=self.working_dir,
             trial=trial,
             attempt=attempt,
-            phase="search",
+            phase="search" if confirm_json is None else "confirm",
             arm=arm,
             values=dict(values),
             gpus_per_worker=self.plan.gpus_per_worker,
@@ -63,14 +78,17 @@ class Launch:
             model_revision=self.model_revision,
             code_version=self.code_version,
             packages=self.packages,
-            stop_rule=self.stop_rule if arm != "baseline" else None,
+            stop_rule=self.stop_rule if stops else None,
             data_sha256=self.data_sha256,
             lease=self.lease,
+            confirm_json=confirm_json,
+            keep_model=keep_model,
         )
 
 
 class Dispatcher:
-    """Hands out assignments: the baseline, trials that were interrupted, then what the sampler suggests."""
+    """Hands out the search's assignments: arms that are one trial, trials that were interrupted, then what
+    the samplers suggest."""
 
     def __init__(
         self,
@@ -94,6 +112,7 @@ class Dispatcher:
         self._on_finished = on_finished or (lambda row: None)
         self._now = now
         self._full_tokens = full_tokens(launch.study)
+        self._arms = Arms(launch.study)
         self.running: dict[int, Assignment] = {}
         self.over: str | None = None
         """Why no further trial starts, where that is not the number of trials."""
@@ -106,7 +125,7 @@ class Dispatcher:
     def _rebuild(self, agenda: Agenda, curves: Mapping[int, Sequence[Point]]) -> None:
         open_trials = {row["trial"] for row in agenda.resumed}
         for row in sorted([*agenda.finished, *agenda.resumed], key=lambda row: row["trial"]):
-            if row["trial"] == BASELINE:
+            if not self._arms.of(row["trial"]).searched:
                 continue
             if row["trial"] not in open_trials:
                 self._optuna.add_finished(row, curves.get(row["trial"], ()))
@@ -122,12 +141,17 @@ class Dispatcher:
             self._budget.add_time(_cut_off(self._launch.study_dir, row) if timed else row)
 
     def _open(self, agenda: Agenda) -> Iterator[Assignment]:
-        if agenda.needs_baseline:
-            yield self._launch.assign(BASELINE, 1, "baseline", BASELINE_VALUES)
+        for trial in agenda.fixed:
+            yield self._assign(trial, 1, {})
         for row in agenda.resumed:
-            baseline = row["trial"] == BASELINE
-            values = BASELINE_VALUES if baseline else self._optuna.searched_values(row)
-            yield self._launch.assign(row["trial"], row["attempt"] + 1, row["arm"], values)
+            searched = self._arms.of(row["trial"]).searched
+            yield self._assign(
+                row["trial"], row["attempt"] + 1, self._optuna.searched_values(row) if searched else {}
+            )
+
+    def _assign(self, trial: int, attempt: int, searched: Mapping[str, Any]) -> Assignment:
+        arm: Arm = self._arms.of(trial)
+        return self._launch.assign(trial, attempt, arm.name, {**arm.fixed, **searched}, stops=arm.searched)
 
     def next(self) -> Assignment | None:
         """The next assignment; None: none now, and none at all once nothing is running."""
@@ -152,7 +176,7 @@ class Dispatcher:
             self.over = None if self.running else reason
             return None
         trial = self._new.popleft()
-        return self._launch.assign(trial, 1, "search", self._optuna.suggest(trial))
+        return self._assign(trial, 1, self._optuna.suggest(trial))
 
     def reported(self, trial: int, metrics: Mapping[str, Any]) -> None:
         """A trial that runs has evaluated; its curve is what lies between its first step and its end."""
@@ -181,14 +205,15 @@ def refresh_optuna_copy(study: StudyConfig, study_dir: str, agenda: Agenda) -> N
 
     A command that was killed after its last trial may have left it behind, or it was deleted.
     """
-    wanted = [row for row in agenda.finished if row["trial"] != BASELINE]
+    arms = Arms(study)
+    wanted = [row for row in agenda.finished if arms.of(row["trial"]).searched]
     if copied_statuses(study_dir) == {row["trial"]: row["status"] for row in wanted}:
         return
     curves = read_curves(results.read_table(study_dir, "evals"), before_tokens=full_tokens(study))
     with tempfile.TemporaryDirectory(prefix="raydisp-") as scratch:
         optuna_study = OptunaStudy(study, Path(scratch))
         for warm_start in read_warm_starts(study):
-            optuna_study.add_foreign(warm_start.rows, warm_start.origin)
+            warm_start.tell(optuna_study)
         for row in sorted(wanted, key=lambda row: row["trial"]):
             optuna_study.add_finished(row, curves.get(row["trial"], ()))
         optuna_study.close()

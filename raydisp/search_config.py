@@ -10,7 +10,6 @@ from pydantic import (
     Field,
     Tag,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 
@@ -261,7 +260,10 @@ class SearchConfig(Section):
         Objectives,
         Field(description="one, or a list of several: the search then looks for their Pareto front"),
     ] = Objective()
-    space: dict[str, Dimension]
+    space: Annotated[
+        dict[str, Dimension],
+        Field(description="dotted field -> what is searched; in every arm, where there are arms"),
+    ]
     sampler: Annotated[
         Literal["tpe", "random", "grid", "cma-es", "qmc"],
         Field(
@@ -293,13 +295,6 @@ class SearchConfig(Section):
         Field(description="hours in which trials ran, over all runs of the command; none starts after it"),
     ] = None
     stop_when: StopWhen | None = None
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _not_empty(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not value:
-            raise ValueError("is empty: there is nothing to search; name at least one field of a trial")
-        return value
 
     @model_validator(mode="after")
     def _objectives_and_who_watches_them(self) -> SearchConfig:

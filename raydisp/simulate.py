@@ -21,9 +21,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raydisp import results, space, storage
-from raydisp.agenda import BASELINE, Agenda
+from raydisp.agenda import Agenda
+from raydisp.arms import Arms
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig, field_of, read_config_json, replace_fields
+from raydisp.confirm_config import BASELINE
 from raydisp.curves import EVALUATED, Point, read_curves
 from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError
@@ -186,6 +188,11 @@ def load_recorded(study: StudyConfig, origin: str) -> Recorded:
     Raises:
         OutputError: there are too few, or they are of other settings, tokens or evaluations.
     """
+    if study.arms is not None:
+        raise OutputError(
+            "--simulate replays the curves of one search, and the file names arms; leave them out of a copy "
+            "of it"
+        )
     filesystem, path = storage.resolve(origin)
     if filesystem.get_file_info(path).type != pafs.FileType.Directory:
         raise OutputError(f"--simulate {origin}: there is no such folder; name a results folder with curves")
@@ -283,7 +290,8 @@ def simulate(study: StudyConfig, recorded: Recorded) -> Simulation:
     plan = Plan(study.resources.num_workers, study.resources.cpus_per_worker, 0.0, slots)
     launch = Launch(study, "", "", "", "", None, "simulated", {}, plan)
     rule = StopRule(study) if study.search.stopping is not None else None
-    agenda = Agenda([], [], True, list(range(1, study.search.num_trials + 1)))
+    arms = Arms(study)
+    agenda = Agenda([], [], list(arms.fixed_trials), list(arms.search_trials))
     dispatcher = Dispatcher(launch, agenda, OptunaStudy(study, None), now=lambda: _at(clock[0]))
     events: list[tuple[float, int]] = []
     running: dict[int, _Running] = {}
@@ -302,7 +310,7 @@ def simulate(study: StudyConfig, recorded: Recorded) -> Simulation:
             tokens, metrics = one.guess.curve[one.next_point]
             one.next_point += 1
             dispatcher.reported(trial, {"num_tokens": tokens, **metrics})
-            if rule is not None and trial != BASELINE:
+            if rule is not None and arms.of(trial).searched:
                 stopped = rule.report(trial, tokens, metrics.get(rule.metric))
             if not stopped:
                 heapq.heappush(events, (_time_of(study, one), trial))
@@ -319,7 +327,7 @@ def simulate(study: StudyConfig, recorded: Recorded) -> Simulation:
 
 def _start(study: StudyConfig, recorded: Recorded, assignment: Assignment, now_s: float) -> _Running:
     config = replace_fields(study.trial, assignment.values)
-    guess = recorded.guess(config.model_dump(mode="json"), baseline=assignment.trial == BASELINE)
+    guess = recorded.guess(config.model_dump(mode="json"), baseline=assignment.arm == BASELINE)
     row = blank_row(assignment, study, _at(now_s).timestamp())
     row["config_sha256"] = config.sha256
     row["note"] = (

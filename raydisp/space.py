@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import pyarrow as pa
 from pydantic import BaseModel
 
+from raydisp.arms import dimensions
 from raydisp.config import StudyConfig, TrialConfig, field_of
 from raydisp.search_config import Range, choices_of, condition
 
@@ -227,7 +228,7 @@ def to_optuna(values: Mapping[str, Any]) -> Values:
 def column_types(study: StudyConfig) -> dict[str, pa.DataType]:
     """Arrow type of the column of each searched field: float64, int64, bool or string (lists as JSON)."""
     fields = searchable_fields(study)
-    return {name: _column_type(fields[name]) for name in study.search.space}
+    return {name: _column_type(fields[name]) for name in dimensions(study)}
 
 
 def column_value(value: Any, column: pa.DataType) -> Any:

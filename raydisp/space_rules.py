@@ -1,4 +1,4 @@
-"""What the search section of a study file may say beyond the types of its fields.
+"""What the search, arms and confirm sections of a study file may say beyond the types of their fields.
 
 Each rule looks at one part of a study and returns the place in the file and a sentence, or None.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raydisp.arms import Arms, is_dimension
 from raydisp.config import StudyConfig, TrialConfig, with_fields
+from raydisp.confirm_config import BASELINE
 from raydisp.errors import suggest
 from raydisp.search_config import Range, choices_of, condition
 from raydisp.space import (
@@ -38,11 +40,126 @@ def find_problem(study: StudyConfig, explain: Explain) -> Problem | None:
     Args:
         explain: makes a sentence of a validation error and the tree of values that it is about.
     """
+    if study.arms is not None:
+        return _problem_of_arms(study, explain) or _problem_of_confirm(study)
+    if not study.search.space:
+        return ("search", "space"), (
+            "search.space is empty: there is nothing to search; name at least one field of a trial"
+        )
+    return _problem_of_search(study, explain) or _problem_of_confirm(study)
+
+
+def _problem_of_search(study: StudyConfig, explain: Explain) -> Problem | None:
     for name, dimension in study.search.space.items():
         problem = _problem_of_dimension(study, name, dimension, explain) or _problem_of_condition(study, name)
         if problem:
             return problem
+    if not study.search.space:
+        return None
     return _problem_of_sampler(study) or _problem_of_points(study) or _problem_of_scheduler(study)
+
+
+def _problem_of_arms(study: StudyConfig, explain: Explain) -> Problem | None:
+    assert study.arms is not None
+    if BASELINE not in study.arms:
+        return ("arms",), (
+            f"arms has no {BASELINE}: without one there is nothing to compare with; add "
+            f"{BASELINE}: {{dispersion.weight: 0}}"
+        )
+    known = [*searchable_fields(study)]
+    for arm, fields in study.arms.items():
+        for name, value in fields.items():
+            place: KeyPath = ("arms", arm, name)
+            if name not in known and not is_dimension(value):
+                why = next(
+                    (
+                        f"{part} is the same in all trials of a study, so that they compare"
+                        for part in NOT_SEARCHED
+                        if f"{name}.".startswith(f"{part}.")
+                    ),
+                    f"it names no field of a trial.{suggest(name, known)}",
+                )
+                return place, f'arms.{arm}["{name}"] cannot be set: {why}'
+        problem = _problem_of_fixed(study, arm, explain)
+        if problem:
+            return problem
+    if study.arms[BASELINE].get("dispersion.weight") != 0:
+        return ("arms", BASELINE), (
+            f"arms.{BASELINE} is what training without dispersion gives, and it does not set "
+            "dispersion.weight to 0; add dispersion.weight: 0"
+        )
+    arms = Arms(study)
+    for one in arms.all:
+        found = _problem_of_search(one.study, explain)
+        if found:
+            return _in_arm(study, one.name, found)
+    return _problem_of_several(study, arms)
+
+
+def _problem_of_fixed(study: StudyConfig, arm: str, explain: Explain) -> Problem | None:
+    """Values that an arm sets, one by one and then together."""
+    assert study.arms is not None
+    fixed = {name: value for name, value in study.arms[arm].items() if not is_dimension(value)}
+    for name, value in fixed.items():
+        problem = _problem_with(study, {name: value}, explain)
+        if problem and len(fixed) == 1:
+            return ("arms", arm, name), (
+                f'arms.{arm}["{name}"] = {json.dumps(value)} is not allowed: {problem}'
+            )
+    problem = _problem_with(study, fixed, explain)
+    return (("arms", arm), f"arms.{arm} is not allowed: {problem}") if problem else None
+
+
+def _in_arm(study: StudyConfig, arm: str, problem: Problem) -> Problem:
+    """A mistake found in the space of an arm, with its place in the file."""
+    assert study.arms is not None
+    (*place, sentence) = (*problem[0], problem[1])
+    if place[:2] == ["search", "space"] and len(place) > 2 and place[2] in study.arms[arm]:
+        name = place[2]
+        sentence = str(sentence).replace(f'search.space["{name}"]', f'arms.{arm}["{name}"]')
+        return ("arms", arm, *place[2:]), sentence
+    return tuple(place), f"in arm {arm}, {sentence}"
+
+
+def _problem_of_several(study: StudyConfig, arms: Arms) -> Problem | None:
+    """What would give searched arms unequal numbers of trials, or cannot be split among them."""
+    search = study.search
+    names = {name for arm in arms.all for name in arm.study.search.space}
+    for index, point in enumerate(search.points_to_evaluate):
+        for name in point:
+            if name not in names:
+                return ("search", "points_to_evaluate", index), (
+                    f'search.points_to_evaluate[{index}] names "{name}", which no arm searches.'
+                    f"{suggest(name, names)}"
+                )
+    if len(arms.searched) > 1 and search.stop_when is not None:
+        return ("search", "stop_when"), (
+            f"search.stop_when is given with {len(arms.searched)} searched arms, each of which gets the same "
+            "number of trials, so that none is tuned more than another; leave it out"
+        )
+    return None
+
+
+def _problem_of_confirm(study: StudyConfig) -> Problem | None:
+    confirm = study.confirm
+    if confirm is None:
+        return None
+    if len(study.search.objectives) > 1:
+        return ("confirm",), (
+            "confirm tests the best configurations by one objective, and search.objective names "
+            f"{len(study.search.objectives)}; name one"
+        )
+    if confirm.spread is not None and confirm.spread_from is not None:
+        return ("confirm", "spread_from"), (
+            "confirm.spread and confirm.spread_from both say how far seeds differ; keep one of them"
+        )
+    searched = [arm for arm in Arms(study).searched if arm.may_disperse]
+    if confirm.top_k > study.search.num_trials and searched:
+        return ("confirm", "top_k"), (
+            f"confirm.top_k = {confirm.top_k} is more than search.num_trials = {study.search.num_trials}; "
+            "lower it"
+        )
+    return None
 
 
 def _problem_of_dimension(study: StudyConfig, name: str, dimension: Any, explain: Explain) -> Problem | None:
@@ -67,7 +184,7 @@ def _problem_of_dimension(study: StudyConfig, name: str, dimension: Any, explain
     elif len({label(value) for value in values_of(dimension)}) < len(values_of(dimension)):
         return place, f"{shown} names a value twice; keep one of each"
     for key, value in _corners(dimension):
-        problem = _problem_with(study, name, value, explain)
+        problem = _problem_with(study, {name: value}, explain)
         if problem:
             at = f"{shown}[{key}]" if isinstance(key, int) else f"{shown}.{key}"
             return (*place, key), f"{at} = {json.dumps(value)} is not allowed: {problem}"
@@ -214,8 +331,8 @@ def _corners(dimension: Any) -> Iterator[tuple[str | int, Any]]:
         yield from enumerate(values_of(dimension))
 
 
-def _problem_with(study: StudyConfig, name: str, value: Any, explain: Explain) -> str | None:
-    tree = with_fields(study.trial, {name: value})
+def _problem_with(study: StudyConfig, values: dict[str, Any], explain: Explain) -> str | None:
+    tree = with_fields(study.trial, values)
     try:
         trial = TrialConfig.model_validate(tree)
     except ValidationError as error:

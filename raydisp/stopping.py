@@ -15,6 +15,7 @@ import optuna
 from optuna.pruners import MedianPruner, SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
+from raydisp.arms import Arms
 from raydisp.config import StudyConfig
 from raydisp.search_config import Median
 from raydisp.seeds import derive_seed
@@ -182,3 +183,27 @@ class StopRule:
             del self._stopped[trial]
         if status != "interrupted":
             self.close(trial, status)
+
+
+class StopRules:
+    """The rule of each searched arm: trials compare with those of their own arm."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        self._arms = Arms(study)
+        self._rules = {arm.name: StopRule(arm.study) for arm in self._arms.searched}
+
+    def _of(self, trial: int) -> StopRule:
+        return self._rules[self._arms.of(trial).name]
+
+    def report(self, trial: int, num_tokens: int, value: float | None) -> bool:
+        """As `StopRule.report`."""
+        return self._of(trial).report(trial, num_tokens, value)
+
+    def close(self, trial: int, status: str) -> None:
+        """As `StopRule.close`; an arm that is not searched has nothing to close."""
+        if self._arms.of(trial).searched:
+            self._of(trial).close(trial, status)
+
+    def replay(self, trial: int, curve: Curve, status: str) -> None:
+        """As `StopRule.replay`."""
+        self._of(trial).replay(trial, curve, status)

@@ -6,16 +6,24 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
 from raydisp import results, space, storage
+from raydisp.arms import SEARCH, Arm, Arms
 from raydisp.config import EFFORT_FIELDS, StudyConfig, read_config_json
+from raydisp.confirm_config import BASELINE
 from raydisp.errors import OutputError
 from raydisp.stopping import full_tokens
 
+if TYPE_CHECKING:
+    from raydisp.optuna_study import OptunaStudy
+
 Row = Mapping[str, Any]
+
+CONDENSATION = ("layer_cosine_mean", "spearman", "kendall")
+"""Measured on `evaluate.max_tokens` tokens; losses at the end are of the whole split."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +31,19 @@ class WarmStart:
     """Rows of one other study that compare with this one's, and why the rest was left out."""
 
     origin: str
+    arm: Arm
+    """That the sampler searches."""
     rows: list[dict[str, Any]]
     left_out: Counter[str]
 
+    def tell(self, optuna_study: OptunaStudy) -> None:
+        """Tell the sampler of the arm."""
+        optuna_study.add_foreign(self.rows, self.origin, self.arm.name)
+
     def describe(self) -> str:
-        """For example `12 trials of results/a (3 left out: outside the space)`."""
-        text = f"{len(self.rows)} trial{'' if len(self.rows) == 1 else 's'} of {self.origin}"
+        """For example `12 trials of results/a (left out: 3 outside the space)`."""
+        to = "" if self.arm.name == SEARCH else f" to {self.arm.name}"
+        text = f"{len(self.rows)} trial{'' if len(self.rows) == 1 else 's'} of {self.origin}{to}"
         if self.left_out:
             reasons = ", ".join(f"{number} {reason}" for reason, number in self.left_out.most_common())
             text += f" (left out: {reasons})"
@@ -46,31 +61,45 @@ def read_warm_starts(study: StudyConfig, data_sha256: str | None = None) -> list
     Raises:
         OutputError: a folder is not there, or holds no results.
     """
-    return [_read(study, origin, data_sha256) for origin in study.search.warm_start]
+    arms = Arms(study).searched
+    return [
+        _choose(arm, origin, rows, data_sha256)
+        for origin in study.search.warm_start
+        for rows in [_read(origin)]
+        for arm in arms
+    ]
 
 
-def _read(study: StudyConfig, origin: str, data_sha256: str | None) -> WarmStart:
+def _read(origin: str) -> list[dict[str, Any]]:
     filesystem, path = storage.resolve(origin)
     if filesystem.get_file_info(path).type != pafs.FileType.Directory:
         raise OutputError(
             f"search.warm_start names {origin}, which is no folder; name the results folder of a study, such "
             "as results/weight_search"
         )
+    trials: list[dict[str, Any]]
     trials = results.latest_attempts(results.read_table(origin, "trials")).to_pylist()
     if not trials:
         raise OutputError(f"search.warm_start names {origin}, which holds no trials; leave it out")
+    return trials
+
+
+def _choose(arm: Arm, origin: str, rows: list[dict[str, Any]], data_sha256: str | None) -> WarmStart:
     kept, left_out = [], Counter[str]()
-    for row in trials:
-        reason = _why_not(study, row, data_sha256)
+    for row in rows:
+        reason = _why_not(arm, row, data_sha256)
         if reason is None:
             kept.append(row)
         else:
             left_out[reason] += 1
-    return WarmStart(origin, kept, left_out)
+    return WarmStart(origin, arm, kept, left_out)
 
 
-def _why_not(study: StudyConfig, row: Row, data_sha256: str | None) -> str | None:
-    if row["arm"] == "baseline":
+def _why_not(arm: Arm, row: Row, data_sha256: str | None) -> str | None:
+    study = arm.study
+    if row["phase"] == "confirm":  # its seeds would no longer be fresh to what the search picks
+        return "of a confirm phase"
+    if row["arm"] == BASELINE and not arm.is_baseline:
         return "baseline"
     if row["status"] != "completed":
         return "not completed"
@@ -83,6 +112,9 @@ def _why_not(study: StudyConfig, row: Row, data_sha256: str | None) -> str | Non
     if None not in (data_sha256, row["data_sha256"]) and row["data_sha256"] != data_sha256:
         return "on other data"
     config = read_config_json(row["config_json"])
+    seen = {one["evaluate"]["max_tokens"] for one in (config, study.model_dump(mode="json"))}
+    if len(seen) > 1 and any(one.metric in CONDENSATION for one in study.search.objectives):
+        return "with condensation of other tokens"
     try:
         values = space.searched_values(study, config)
     except (KeyError, TypeError):

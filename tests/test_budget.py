@@ -191,7 +191,7 @@ class Runs:
     def __init__(self, study: StudyConfig, agenda: Agenda | None = None) -> None:
         self.study = study
         self.launch = Launch(study, "", "", "", "", None, "0", {}, Plan(1, 1.0, 0.0, 1))
-        fresh = Agenda([], [], True, list(range(1, study.search.num_trials + 1)))
+        fresh = Agenda([], [], [0], list(range(1, study.search.num_trials + 1)))
         self.optuna = OptunaStudy(study, None)
         self.finished: list[int] = []
         self.dispatcher = Dispatcher(
@@ -271,7 +271,7 @@ def test_trials_that_were_interrupted_go_on_beyond_the_budget(make: Any) -> None
     done = first.row(started[0])
     open_row = first.row(started[1], "interrupted", num_tokens=None)
     other = {**first.row(started[1]), "trial": 2}
-    agenda = Agenda([done, other], [open_row], False, list(range(3, 51)))
+    agenda = Agenda([done, other], [open_row], [], list(range(3, 51)))
     runs = Runs(study, agenda)
     resumed = runs.dispatcher.next()
     assert (resumed.trial, resumed.attempt, resumed.values) == (1, 2, started[1].values)

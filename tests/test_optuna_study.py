@@ -80,7 +80,7 @@ def test_states_and_values_are_exact(
     else:
         row = row_of(study, 1, {"dispersion.weight": 0.5, "dispersion.layers": [1]}, **columns)
         known.add_finished(row, curve)
-    (trial,) = known._study.trials
+    (trial,) = known.trials()
     assert (trial.state, trial.values, trial.intermediate_values) == (state, values, intermediate)
     assert trial.user_attrs["status"] == row["status"]
     assert trial.user_attrs["trial"] == 1
@@ -95,9 +95,9 @@ def test_nothing_stays_running(make: Any) -> None:
     for trial in (1, 2, 3):
         known.suggest(trial)
     known.resume(9, {"dispersion.weight": 0.5, "dispersion.layers": "all"})
-    assert [trial.state for trial in known._study.trials] == [TrialState.RUNNING] * 4
+    assert [trial.state for trial in known.trials()] == [TrialState.RUNNING] * 4
     known.close()
-    assert [trial.state for trial in known._study.trials] == [FAIL] * 4
+    assert [trial.state for trial in known.trials()] == [FAIL] * 4
 
 
 def test_an_end_without_a_beginning_is_no_trial(make: Any) -> None:
@@ -106,7 +106,7 @@ def test_an_end_without_a_beginning_is_no_trial(make: Any) -> None:
     known = OptunaStudy(study, None)
     known.report(0, 512, {"val_loss": 5.0})
     known.finish(row_of(study, 0, {"dispersion.weight": 0.0}, val_loss=6.0), CURVE)
-    assert known._study.trials == []
+    assert known.trials() == []
 
 
 def facts(known: OptunaStudy) -> list[Any]:
@@ -120,7 +120,7 @@ def facts(known: OptunaStudy) -> list[Any]:
             trial.intermediate_values,
             trial.user_attrs,
         )
-        for trial in known._study.trials
+        for trial in known.trials()
     ]
 
 
@@ -152,7 +152,7 @@ def test_a_trial_that_goes_on_reports_nothing_twice(make: Any) -> None:
     known.report(4, 768, {"val_loss": None})
     known.report(4, 768, {})
     known.finish(row_of(study, 4, values, val_loss=5.0), CURVE)
-    (trial,) = known._study.trials
+    (trial,) = known.trials()
     assert trial.intermediate_values == {512: 6.0, 1024: 5.5}
     assert trial.params == {"dispersion.weight": 0.5, "dispersion.layers": "[1]"}
     assert trial.values == [5.0]
@@ -181,7 +181,7 @@ def test_a_warm_start_is_told_apart(make: Any) -> None:
     ]
     known.add_foreign([{**row, "study": "other"} for row in rows], "results/other")
     known.suggest(1)
-    attributes = [trial.user_attrs for trial in known._study.trials]
+    attributes = [trial.user_attrs for trial in known.trials()]
     assert [(one.get("study"), one.get("warm_start")) for one in attributes] == [
         ("other", "results/other"),
         ("other", "results/other"),

@@ -176,7 +176,7 @@ def run_here(
         packages={},
         plan=Plan(1, 1, 0, 1),
     )
-    agenda = Agenda(finished=[], resumed=[], needs_baseline=False, new=list(range(1, num_trials + 1)))
+    agenda = Agenda(finished=[], resumed=[], fixed=[], new=list(range(1, num_trials + 1)))
     told: list[Row] = []
     before = trial_processes()
     run_search(launch, agenda, on_result=lambda result: None, on_finished=told.append, run=run)

@@ -57,7 +57,7 @@ class Driver:
 
     def write(self, assignment: Assignment, **columns: Any) -> None:
         row = blank_row(assignment, self.study, 0.0)
-        value = 6.0 if assignment.arm == "baseline" else loss_of(assignment.values)
+        value = loss_of(assignment.values) if assignment.values.get("dispersion.weight") else 6.0
         row.update({"status": "completed", "val_loss": value, **columns})
         results.write_trial(self.study_dir, row, space.column_types(self.study))
 
@@ -75,7 +75,7 @@ class Driver:
         return values
 
     def states(self) -> list[TrialState]:
-        return [trial.state for trial in self.optuna._study.trials]
+        return [trial.state for trial in self.optuna.trials()]
 
 
 @pytest.fixture
@@ -290,13 +290,13 @@ def test_max_objectives_are_maximised(tree: dict[str, Any], tmp_path: Path) -> N
     tree["search"]["objective"] = {"metric": "val_loss", "mode": "max"}
     driver = Driver(StudyConfig.model_validate(tree), tmp_path)
     driver.run_all()
-    best = driver.optuna._study.best_trial
-    assert best.value == max(trial.value for trial in driver.optuna._study.trials)
+    best = driver.optuna._studies["search"]._study.best_trial
+    assert best.value == max(trial.value for trial in driver.optuna.trials())
 
 
 def test_agenda_of_a_fresh_study(eight: StudyConfig, tmp_path: Path) -> None:
     agenda = read_agenda(eight, str(tmp_path))
-    assert agenda == Agenda(finished=[], resumed=[], needs_baseline=True, new=list(range(1, 9)))
+    assert agenda == Agenda(finished=[], resumed=[], fixed=[0], new=list(range(1, 9)))
     assert agenda.num_trials == 9
 
 

@@ -320,7 +320,7 @@ def test_several_objectives(tree: dict[str, Any], recorded: Recorded) -> None:
 def test_overhead_and_memory_stay_small(
     tree: dict[str, Any], recorded: Recorded, search: dict[str, Any]
 ) -> None:
-    """The issue's bound of 30 ms per trial, at a size that a test can bear; benchmarks run a thousand."""
+    """30 ms per trial, at a size that a test can bear; `benchmarks/scale.py` runs a thousand."""
     study = with_search(tree, num_trials=150, num_startup_trials=10, **search)
     simulate(with_search(tree, num_trials=12, **search), recorded)  # imports
     started = time.process_time()

@@ -151,7 +151,7 @@ def test_whole_numbers_and_floats_are_the_same_values(
     changed["search"]["space"] = dimensions
     known = OptunaStudy(StudyConfig.model_validate(changed), None)
     known.add_foreign(found.rows, found.origin)
-    (trial,) = known._study.trials
+    (trial,) = known.trials()
     assert trial.params == {"dispersion.weight": 1, "dispersion.layers": "[1]"}
     assert trial.value == 5.0
 

@@ -1,0 +1,87 @@
+"""The `arms` and `confirm` sections of the study file: what is compared, and how it is decided."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from raydisp.search_config import Choice, Choices, Range
+from raydisp.section import Int, Section
+
+BASELINE = "baseline"
+"""Name of the arm that the others are compared with."""
+
+ARM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_]*$"
+
+
+def _value_tag(value: Any) -> str:
+    # Tags stand in the places of mistakes: none may be called like a key.
+    if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value):
+        return "Choices"
+    return "Range" if isinstance(value, dict | Range) else "Value"
+
+
+ArmValue = Annotated[
+    Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")] | Annotated[Choice, Tag("Value")],
+    Discriminator(_value_tag),
+]
+"""What an arm says of a field: its value, or, as a mapping, what is searched."""
+
+ArmName = Annotated[
+    str,
+    Field(pattern=ARM_NAME, max_length=40, description="letters, digits and '_'"),
+]
+
+ArmsConfig = Annotated[
+    dict[ArmName, dict[str, ArmValue]],
+    Field(
+        min_length=2,
+        max_length=20,
+        description="what is compared: name -> fields of a trial by dotted name, each with a value, or with "
+        "what is searched ({low: ..., high: ...} or {choices: [...]}); one is called baseline. The fields of "
+        "search.space are searched in all of them",
+    ),
+]
+
+
+class ConfirmConfig(Section):
+    """After the search: its best configurations and every other arm again, on fresh paired seeds and on test
+    data that nothing has seen."""
+
+    top_k: Annotated[
+        Int, Field(ge=1, le=10, description="configurations of each searched arm that may have dispersion")
+    ] = 1
+    num_seeds: Annotated[
+        Annotated[Int, Field(le=10_000)] | None,
+        Field(description="null: the smallest n with 2 m / 2^n <= 0.05 for m arms beside the baseline"),
+    ] = None
+    smallest_effect: Annotated[
+        float,
+        Field(gt=0.0, description="difference in test loss, nats per token, that would matter to you"),
+    ]
+    spread: Annotated[
+        Annotated[float, Field(gt=0.0)] | None,
+        Field(
+            description="standard deviation over seeds of the difference between two arms with the same "
+            "seed, nats per token, from earlier seeds: what power is stated from; null: it is not known"
+        ),
+    ] = None
+    spread_from: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        Field(description="results folder of an earlier study: the largest spread of its confirm phase"),
+    ] = None
+    keep_models: Annotated[
+        Literal["first_seed", "all", "none"],
+        Field(description="weights that are kept, for python -m raydisp.export"),
+    ] = "first_seed"
+
+    @field_validator("num_seeds")
+    @classmethod
+    def _has_a_spread(cls, value: int | None) -> int | None:
+        if value is not None and value < 2:
+            raise ValueError(
+                f"num_seeds = {value}: one seed has no spread, so nothing can be tested; give at least 2, or "
+                "null for as many as the test needs"
+            )
+        return value
