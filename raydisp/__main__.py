@@ -12,6 +12,8 @@ from raydisp.errors import suggest
 COMMANDS = {
     "study": "run a study: search, results, report",
     "report": "build the report of a results folder anew",
+    "verdict": "judge a confirm phase anew, from its Parquet files alone",
+    "export": "write a confirmed model as a Hugging Face folder",
     "results": "show the trials of a results folder, or merge its small files",
 }
 

@@ -267,11 +267,6 @@ class CheckpointFolder:
                 reason = " ".join(str(_first_cause(error)).split())[:300]  # as the sentence of a save
                 raise CheckpointError(f"{folder} cannot be read: {reason}; delete it") from None
 
-    def delete(self) -> None:
-        """Remove all checkpoints of the trial. One worker calls it."""
-        self._newest = None
-        storage.delete_dir(self.location)
-
     # --- between the workers ---------------------------------------------------------------------------
 
     def _make_group(self) -> None:

@@ -281,6 +281,20 @@ def _load_pretrained(
     return trained
 
 
+def weights_sha256(model: Any) -> str:
+    """Hex digest of a model's parameters, by name; shared ones count once.
+
+    Args:
+        model: on the CPU, not sharded.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().contiguous()
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
+        digest.update(values.view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def set_dropout(config: Any, dropout: float) -> dict[str, float]:
     """Set every dropout probability of a transformers configuration, and no layer drop.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from raydisp import space
-from raydisp.agenda import Agenda, read_agenda
+from raydisp.arms import Arms, dimensions, is_dimension
 from raydisp.capacity import Offer
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
 from raydisp.config import PathModel, StudyConfig
+from raydisp.confirm import Work, num_arms, num_seeds, read_work
+from raydisp.confirm import describe as describe_confirm
+from raydisp.confirm import warnings as confirm_warnings
 from raydisp.corpus import CorpusSummary
 from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError
@@ -25,7 +29,7 @@ class StudyPlan:
 
     study: StudyConfig
     study_dir: str
-    agenda: Agenda
+    work: Work
     model: ModelSummary
     corpus: CorpusSummary
     resources: Plan | None
@@ -38,11 +42,23 @@ class StudyPlan:
         """One line: what is about to run."""
         study = self.study
         return (
-            f"{study.name}: {_count(self.agenda.num_trials, 'trial')} to run "
-            f"({_count(study.search.num_trials, 'search trial')} and the baseline in all), "
+            f"{study.name}: {_count(self.work.num_trials(study), 'trial')} to run "
+            f"({self._count_trials()}), "
             f"{study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, "
             f"{_rounded(self.model.num_parameters)} parameters."
         )
+
+    def _count_trials(self) -> str:
+        """What the whole study has: `8 search trials and the baseline in all`."""
+        study, arms = self.study, Arms(self.study)
+        if study.arms is None:
+            text = f"{_count(study.search.num_trials, 'search trial')} and the baseline"
+        else:
+            text = _count(arms.num_trials, "search trial")
+        if study.confirm is not None:
+            m = num_arms(study)
+            text += f", {_count((m + 1) * num_seeds(study, m), 'confirm run')}"
+        return f"{text} in all"
 
     @property
     def _tokens_per_trial(self) -> int:
@@ -64,6 +80,7 @@ class StudyPlan:
             ],
             ("search", self._describe_search()),
             *[("", f"{name}: {space.describe(value)}") for name, value in search.space.items()],
+            *[("arms" if index == 0 else "", text) for index, text in enumerate(self._describe_arms())],
             *[
                 ("warm start" if index == 0 else "", told.describe())
                 for index, told in enumerate(self.warm_starts)
@@ -73,6 +90,7 @@ class StudyPlan:
                 for index, text in enumerate(self._describe_scheduler())
             ],
             *[("ends early" if index == 0 else "", text) for index, text in enumerate(self._describe_ends())],
+            *[("confirm" if index == 0 else "", text) for index, text in enumerate(describe_confirm(study))],
             (
                 "resources",
                 self.resources.describe()
@@ -112,7 +130,24 @@ class StudyPlan:
                 f"{', '.join(changing)} changes what a token is or sees, so {affected[0]} does "
                 "not compare between trials; val_bits_per_byte compares across tokenizers"
             )
-        return found
+        return [*found, *confirm_warnings(self.study)]
+
+    def _describe_arms(self) -> list[str]:
+        """What each arm sets and searches by itself."""
+        lines = []
+        for arm in Arms(self.study).all if self.study.arms is not None else []:
+            told = [f"{name} = {value}" for name, value in arm.fixed.items()]
+            own = arm.study.search.space
+            told += [
+                f"{name}: {space.describe(kind)}"
+                for name, kind in own.items()
+                if name not in self.study.search.space
+            ]
+            shared = [name for name in own if name in self.study.search.space]
+            told += [f"and {', '.join(shared)} as above"] if shared else []
+            number = self.study.search.num_trials if arm.searched else 1
+            lines.append(f"{arm.name} ({_count(number, 'trial')}): {'; '.join(told)}")
+        return lines
 
     def _describe_search(self) -> str:
         study, search = self.study, self.study.search
@@ -205,13 +240,16 @@ class StudyPlan:
         )
 
     def _describe_trials(self) -> str:
-        agenda = self.agenda
+        agenda, to_run = self.work.search, self.work.num_trials(self.study)
         text = f"{self.study.search.num_trials} search trials + 1 baseline (dispersion.weight 0)"
-        if agenda.finished or agenda.resumed:
-            text += (
-                f"; {len(agenda.finished)} done, {len(agenda.resumed)} to go on, {agenda.num_trials} to run"
-            )
-        total = agenda.num_trials * self._tokens_per_trial
+        if self.study.arms is not None or self.study.confirm is not None:
+            text = self._count_trials()
+        done, open_ = list(agenda.finished), list(agenda.resumed)
+        if self.work.confirm is not None:
+            done, open_ = done + self.work.confirm.finished, open_ + self.work.confirm.resumed
+        if done or open_:
+            text += f"; {len(done)} done, {len(open_)} to go on, {to_run} to run"
+        total = to_run * self._tokens_per_trial
         return f"{text}; {total:,} training tokens to come"
 
     def _describe_training(self) -> str:
@@ -249,10 +287,19 @@ class StudyPlan:
         evaluations = 2 + (study.num_steps // (study.steps_between(study.evaluate.every_tokens) or 10**18))
         # Measured: a step row compresses to about 60 bytes, a layer row with its histogram to about 400.
         per_trial = 20_000 + 60 * study.num_steps + 400 * evaluations * (self.model.num_layers + 1)
-        rows = per_trial * (study.search.num_trials + 1)
+        rows = per_trial * Arms(study).num_trials
+        models = 0
+        if study.confirm is not None:
+            m = num_arms(study)
+            n = num_seeds(study, m)
+            rows += per_trial * (m + 1) * n
+            kept = {"none": 0, "first_seed": m + 1, "all": (m + 1) * n}[study.confirm.keep_models]
+            models = 4 * self.model.num_parameters * kept
         text = f"results about {_size(rows + 6_000_000)}"  # the report carries its plotting library
         if self.corpus.num_bytes:
             text += f", token blocks about {_size(self.corpus.num_bytes // 2)}"
+        if models:
+            text += f", confirmed models {_size(models)}"
         if study.checkpoint.every_tokens is not None:
             running = self.resources.max_concurrent_trials if self.resources else 1
             # float32 weights and two Adam moments; a new checkpoint stands beside the last and the best.
@@ -294,16 +341,16 @@ def make_plan(
     if isinstance(study.model, PathModel):
         load_tokenizer(study.model)
     corpus = check_data(study.trial, cache_folder(study.output))
-    agenda = read_agenda(study, study_dir, retry_failed=retry_failed)
+    work = read_work(study, study_dir, retry_failed=retry_failed)
     return StudyPlan(
         study,
         study_dir,
-        agenda,
+        work,
         model,
         corpus,
         resources,
         read_warm_starts(study),
-        forgets_head=_may_forget(study) and _may_be_tied(study),
+        forgets_head=any(_may_forget(arm.study) and _may_be_tied(arm.study) for arm in Arms(study).all),
     )
 
 
@@ -320,9 +367,13 @@ def _may_be_tied(study: StudyConfig) -> bool:
 
 def _check_layers(study: StudyConfig, model: ModelSummary) -> None:
     """Layer numbers of a pretrained model, whose depth the study file does not tell."""
-    choices = choices_of(study.search.space.get("dispersion.layers", [])) or []
+    choices = choices_of(dimensions(study).get("dispersion.layers", [])) or []
     places = [("dispersion.layers", study.dispersion.layers)]
-    if "model.num_layers" not in study.search.space:
+    for name, fields in (study.arms or {}).items():
+        chosen: Any = fields.get("dispersion.layers")
+        if chosen is not None and not is_dimension(chosen):
+            places.append((f'arms.{name}["dispersion.layers"]', chosen))
+    if "model.num_layers" not in dimensions(study):
         places += [(f'search.space["dispersion.layers"][{i}]', choice) for i, choice in enumerate(choices)]
     for place, choice in places:
         try:

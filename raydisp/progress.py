@@ -10,20 +10,25 @@ from typing import Any
 
 from tqdm import tqdm
 
+from raydisp.agenda import Agenda
 from raydisp.config import StudyConfig
-from raydisp.plan import StudyPlan
+from raydisp.confirm_config import BASELINE
 
 
 class Progress:
     """A bar over the tokens of all trials; plain lines, one for each trial that ends, without a terminal."""
 
-    def __init__(self, study: StudyConfig, plan: StudyPlan, *, quiet: bool) -> None:
-        self._objective = study.search.primary
+    def __init__(self, study: StudyConfig, agenda: Agenda, *, quiet: bool, metric: str | None = None) -> None:
+        """Args:
+        metric: what each trial is told by; None: the objective of the search, and the best of it.
+        """
+        self._metric = metric or study.search.primary.metric
+        self._better = None if metric is not None else min if study.search.primary.mode == "min" else max
         self._tokens_per_trial = study.num_steps * study.train.global_batch_tokens
-        self._total = plan.agenda.num_trials
+        self._total = agenda.num_trials
         self._tokens: dict[int, int] = {}
         self._best: float | None = None
-        for row in plan.agenda.finished:
+        for row in agenda.finished:
             self._take(row)
         self._done = 0
         self._started = time.monotonic()
@@ -58,13 +63,13 @@ class Progress:
         self._bar.set_description(self._description())
         if self._quiet:
             return
-        value = row.get(self._objective.metric)
+        value = row.get(self._metric)
         if row["status"] == "pruned":
             told = f"stopped after {row['num_tokens']:,} of {self._tokens_per_trial:,} tokens"
         elif value is not None:
-            told = f"{self._objective.metric} {value:.4f}"
+            told = f"{self._metric} {value:.4f}"
         else:
-            told = row.get("error_message") or f"no {self._objective.metric}"
+            told = row.get("error_message") or f"no {self._metric}"
         elapsed_s, tokens = time.monotonic() - self._started, sum(self._tokens.values())
         left = elapsed_s / tokens * (self._total * self._tokens_per_trial - tokens)
         tqdm.write(
@@ -79,11 +84,10 @@ class Progress:
         self._bar.update(self._tokens[trial] - before)
 
     def _take(self, row: Mapping[str, Any]) -> None:
-        value = row.get(self._objective.metric)
-        if row["status"] != "completed" or row["arm"] == "baseline" or value is None:
+        value = row.get(self._metric)
+        if row["status"] != "completed" or row["arm"] == BASELINE or value is None or self._better is None:
             return
-        better = min if self._objective.mode == "min" else max
-        self._best = value if self._best is None else better(self._best, value)
+        self._best = value if self._best is None else self._better(self._best, value)
 
     def _told_best(self) -> str:
         return "" if self._best is None else f", best so far {self._best:.4f}"

@@ -25,15 +25,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydisp import lease, results, retries, space, storage, tidy
 from raydisp.agenda import Agenda, Row
+from raydisp.arms import Arms
 from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
+from raydisp.confirm import ConfirmDispatcher, Frozen
 from raydisp.curves import Point, of_metric, read_curves
 from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError, PreemptedError, UnfitProcessError
 from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.optuna_study import OptunaStudy
 from raydisp.placement import PlacementWatch, describe_offer
-from raydisp.stopping import StopRule, full_tokens
+from raydisp.stopping import StopRules, full_tokens
 from raydisp.warm_start import WarmStart
 from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
 
@@ -48,13 +50,14 @@ class StudySearcher(Searcher):
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
-        optuna_study: OptunaStudy,
+        dispatcher: Dispatcher | ConfirmDispatcher,
+        optuna_study: OptunaStudy | None,
         *,
         close_stop_rule: Callable[[int, str], None] = lambda trial, status: None,
         taken_over: Callable[[], bool] = lambda: False,
     ) -> None:
         """Args:
+        optuna_study: None: there is none to keep a copy of.
         close_stop_rule: told of each trial that ends, with its status.
         taken_over: whether another command has the results folder now: nothing more is written.
         """
@@ -63,12 +66,12 @@ class StudySearcher(Searcher):
         self._optuna = optuna_study
         self._close_stop_rule = close_stop_rule
         self.running: dict[str, Assignment] = {}
-        self._taken_over = taken_over
+        self.taken_over = taken_over
         self.stopped = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next assignment as a dictionary; None: none as yet; or that there will be none."""
-        if self._taken_over():
+        if self.taken_over():
             return None if self.running else Searcher.FINISHED
         assignment = self._dispatcher.next()
         if assignment is None:
@@ -83,7 +86,8 @@ class StudySearcher(Searcher):
         if assignment is None or "step" not in result:
             return None
         self._dispatcher.reported(assignment.trial, result)
-        self._optuna.try_snapshot(assignment.study_dir, now=False)
+        if self._optuna is not None:
+            self._optuna.try_snapshot(assignment.study_dir, now=False)
         return assignment.trial
 
     def on_trial_complete(
@@ -116,12 +120,13 @@ class StudySearcher(Searcher):
             return
         self._dispatcher.close(row, _curve_of(assignment))
         self._close_stop_rule(row["trial"], row["status"])
-        self._optuna.try_snapshot(assignment.study_dir)
+        if self._optuna is not None:
+            self._optuna.try_snapshot(assignment.study_dir)
 
     def _is_taken_over(self, assignment: Assignment) -> bool:
         """Whether the folder is another's: the heartbeat may not have told yet."""
         held = assignment.lease is None or lease.still_held(assignment.study_dir, assignment.lease)
-        return self._taken_over() or not held
+        return self.taken_over() or not held
 
     def stop(self) -> None:
         """The user has stopped the study: trials that have not ended by themselves were interrupted."""
@@ -214,11 +219,8 @@ def run_search(
     """
     study = launch.study
     curves = read_curves(results.read_table(launch.study_dir, "evals"), before_tokens=full_tokens(study))
-    for row in agenda.resumed:
-        if row["status"] == "failed":  # put up again: it begins anew, as if it had measured nothing
-            curves.pop(row["trial"], None)
-            name = results.trial_name(row["trial"])
-            storage.delete_dir(storage.join(launch.study_dir, "checkpoints", name))
+    for trial in begin_anew(launch.study_dir, agenda):
+        curves.pop(trial, None)
     with (
         tempfile.TemporaryDirectory(prefix="raydisp-") as scratch,
         _stop_rule(launch, agenda, curves) as rule,
@@ -227,7 +229,7 @@ def run_search(
             launch = dataclasses.replace(launch, stop_rule=rule[1])
         optuna_study = OptunaStudy(study, Path(scratch))
         for warm_start in warm_starts:
-            optuna_study.add_foreign(warm_start.rows, warm_start.origin)
+            warm_start.tell(optuna_study)
         dispatcher = Dispatcher(launch, agenda, optuna_study, curves=curves, on_finished=on_finished)
         # At once: what an earlier run has left open there is open no more.
         optuna_study.try_snapshot(launch.study_dir)
@@ -239,41 +241,83 @@ def run_search(
             else (lambda trial, status: None),
             taken_over=taken_over,
         )
-        watch = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
-        tuner = tune.Tuner(
-            tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=-1,  # the searcher knows: trials may come back
-                reuse_actors=True,  # imports are paid once per process
-                max_concurrent_trials=launch.plan.max_concurrent_trials,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=scratch,
-                verbose=0,
-                callbacks=[_Events(launch.plan, watch, searcher, on_result)],
-                failure_config=tune.FailureConfig(max_failures=0),
-            ),
-        )
         try:
-            with stop_tune_on_interrupt(searcher.stop):
-                tuner.fit()
+            _run_on_tune(launch, searcher, Path(scratch), on_result, run)
         finally:
             optuna_study.close()
             if not taken_over():
                 optuna_study.try_snapshot(launch.study_dir)
-                with contextlib.suppress(OSError):  # Ray Train may still be writing there
-                    storage.delete_dir(storage.join(launch.study_dir, ".ray"))
-        if taken_over():
-            raise OutputError(
-                f"{launch.study_dir} was taken over by another command, because this one had given no sign "
-                "of life for too long; it goes on there"
-            )
-        if searcher.stopped:
-            raise KeyboardInterrupt
         return dispatcher.over
+
+
+def run_confirm(
+    launch: Launch,
+    frozen: Frozen,
+    agenda: Agenda,
+    *,
+    on_result: OnResult,
+    on_finished: Callable[[Row], None],
+    taken_over: Callable[[], bool] = lambda: False,
+    run: RunTrial = run_trial,
+) -> str | None:
+    """Run what is left of a confirm phase; arguments, result and errors as `run_search` has them."""
+    begin_anew(launch.study_dir, agenda)
+    dispatcher = ConfirmDispatcher(launch, frozen, agenda, on_finished=on_finished)
+    with tempfile.TemporaryDirectory(prefix="raydisp-") as scratch:
+        searcher = StudySearcher(dispatcher, None, taken_over=taken_over)
+        _run_on_tune(launch, searcher, Path(scratch), on_result, run)
+    return dispatcher.over
+
+
+def begin_anew(study_dir: str, agenda: Agenda) -> list[int]:
+    """Make failed trials that are put up again begin as if they had done nothing; returns their numbers."""
+    again = [row["trial"] for row in agenda.resumed if row["status"] == "failed"]
+    for trial in again:
+        storage.delete_dir(storage.join(study_dir, "checkpoints", results.trial_name(trial)))
+    return again
+
+
+def _run_on_tune(
+    launch: Launch, searcher: StudySearcher, scratch: Path, on_result: OnResult, run: RunTrial
+) -> None:
+    """Have Tune run what the searcher hands out.
+
+    Args:
+        scratch: local folder for what Tune writes.
+    """
+    study = launch.study
+    watch = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
+    tuner = tune.Tuner(
+        tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,  # the searcher knows: trials may come back
+            reuse_actors=True,  # imports are paid once per process
+            max_concurrent_trials=launch.plan.max_concurrent_trials,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
+            callbacks=[_Events(launch.plan, watch, searcher, on_result)],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        with stop_tune_on_interrupt(searcher.stop):
+            tuner.fit()
+    finally:
+        if not searcher.taken_over():
+            with contextlib.suppress(OSError):  # Ray Train may still be writing there
+                storage.delete_dir(storage.join(launch.study_dir, ".ray"))
+    if searcher.taken_over():
+        raise OutputError(
+            f"{launch.study_dir} was taken over by another command, because this one had given no sign "
+            "of life for too long; it goes on there"
+        )
+    if searcher.stopped:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -287,10 +331,11 @@ def _stop_rule(
         return
     where = {"name": f"raydisp-{uuid.uuid4().hex[:12]}", "namespace": ray.get_runtime_context().namespace}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0)(StopRule)
+    actor: Any = ray.remote(num_cpus=0)(StopRules)
     handle = actor.options(**where, scheduling_strategy=here).remote(launch.study)
+    arms = Arms(launch.study)
     for row in sorted([*agenda.finished, *agenda.resumed], key=lambda row: row["trial"]):
-        if row["arm"] != "baseline":
+        if arms.of(row["trial"]).searched:
             curve = of_metric(curves.get(row["trial"], ()), watched.metric)
             handle.replay.remote(row["trial"], curve, row["status"])
     try:

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from raydisp import lease, results, storage
-from raydisp.agenda import Agenda, read_agenda
 from raydisp.config import StudyConfig
+from raydisp.confirm import NothingToConfirmError, Work, read_work, settle
 from raydisp.errors import (
     EXIT_DONE,
     EXIT_FAILED_TRIALS,
@@ -115,26 +115,34 @@ def _run(arguments: argparse.Namespace) -> int:
         results.finish_compaction(study_dir)
         # Once more: only now is the folder ours, and another command may have filled it since.
         _refuse_other_study(study, study_dir)
-        agenda = read_agenda(study, study_dir, retry_failed=arguments.retry_failed)
-        plan = dataclasses.replace(plan, agenda=agenda)
-        over = None
-        if agenda.num_trials:
-            over = _run_trials(study, study_dir, plan, held, arguments)
-        else:
-            from raydisp.dispatch import refresh_optuna_copy
+        work = read_work(study, study_dir, retry_failed=arguments.retry_failed)
+        notes: list[str] = []
+        try:
+            if study.confirm is not None and work.frozen is None and not work.search.num_trials:
+                work = settle(study, study_dir)
+            if work.num_trials(study):
+                plan = dataclasses.replace(plan, work=work)
+                _run_trials(study, study_dir, plan, held, arguments, notes)
+            else:
+                from raydisp.dispatch import refresh_optuna_copy
 
-            _say(arguments, _told_done(agenda))
-            refresh_optuna_copy(study, study_dir, agenda)
-        return _conclude(study, study_dir, over)
+                _say(arguments, _told_done(work))
+                refresh_optuna_copy(study, study_dir, work.search)
+        except NothingToConfirmError as error:
+            return _conclude(
+                study, study_dir, [*notes, f"The confirm phase did not run: {error}."], failed=True
+            )
+        return _conclude(study, study_dir, notes)
 
 
 def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> StudyPlan:
     return make_plan(study, study_dir, arguments.address, retry_failed=arguments.retry_failed)
 
 
-def _told_done(agenda: Agenda) -> str:
-    failed = sum(row["status"] == "failed" for row in agenda.finished)
-    text = f"All {len(agenda.finished) - 1} search trials and the baseline are done already"
+def _told_done(work: Work) -> str:
+    finished = [*work.search.finished, *(work.confirm.finished if work.confirm is not None else [])]
+    failed = sum(row["status"] == "failed" for row in finished)
+    text = f"All {len(finished)} trials are done already"
     return f"{text}; {failed} failed, and --retry-failed runs them again." if failed else f"{text}."
 
 
@@ -152,6 +160,7 @@ def _simulate(study: StudyConfig, arguments: argparse.Namespace) -> int:
     from raydisp.simulate import load_recorded, simulate_study
 
     recorded = load_recorded(study, arguments.simulate)
+    study = study.model_copy(update={"confirm": None})  # recorded curves know no test data
     study_dir = storage.local_absolute(storage.join(study.output, f"{study.name}.simulated"))
     if arguments.dry_run:
         print(recorded.describe(study))
@@ -161,7 +170,8 @@ def _simulate(study: StudyConfig, arguments: argparse.Namespace) -> int:
     storage.check_writable(study_dir)
     with lease.hold(study_dir):
         over = simulate_study(study, study_dir, recorded)
-        return _conclude(study, study_dir, over)
+        notes = [] if over is None else [f"No further trial was started: {over}."]
+        return _conclude(study, study_dir, notes)
 
 
 def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
@@ -186,9 +196,20 @@ def _refuse_other_study(study: StudyConfig, study_dir: str) -> None:
 
 
 def _run_trials(
-    study: StudyConfig, study_dir: str, plan: StudyPlan, held: lease.Lease, arguments: argparse.Namespace
-) -> str | None:
-    """Run what is left; returns why the search ended before its number of trials, if it did."""
+    study: StudyConfig,
+    study_dir: str,
+    plan: StudyPlan,
+    held: lease.Lease,
+    arguments: argparse.Namespace,
+    notes: list[str],
+) -> None:
+    """Run what is left of the search, then of the confirm phase.
+
+    Args:
+        notes: gets what the user is to be told at the end.
+    Raises:
+        NothingToConfirmError: the search has found nothing that could be confirmed.
+    """
     from raydisp import cluster
     from raydisp.launch import prepare_launch, refuse_blind_nodes, refuse_other_content
     from raydisp.progress import Progress
@@ -200,38 +221,61 @@ def _run_trials(
         ) as offer,
         terminate_as_interrupt(),  # again: Ray has set a handler of its own
     ):
-        from raydisp.search import run_search
+        from raydisp.search import run_confirm, run_search
 
         launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
         launch = dataclasses.replace(launch, lease=held.id)
-        refuse_other_content(launch, plan.agenda)
+        refuse_other_content(launch, plan.work.search)
         refuse_blind_nodes(study_dir, held.id)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
         _say(arguments, f"Running {launch.plan.describe()}.")
         for warning in dataclasses.replace(plan, resources=launch.plan).warnings():
             _say(arguments, f"Warning: {warning}.")
-        warm_starts = read_warm_starts(study, launch.data_sha256)
-        for warm_start in warm_starts:
-            _say(arguments, f"Warm start: {warm_start.describe()}.")
-        with Progress(study, plan, quiet=arguments.quiet) as progress:
-            return run_search(
+        work = plan.work
+        if work.search.num_trials:
+            warm_starts = read_warm_starts(study, launch.data_sha256)
+            for warm_start in warm_starts:
+                _say(arguments, f"Warm start: {warm_start.describe()}.")
+            with Progress(study, work.search, quiet=arguments.quiet) as progress:
+                over = run_search(
+                    launch,
+                    work.search,
+                    warm_starts=warm_starts,
+                    on_result=progress.on_result,
+                    on_finished=progress.on_finished,
+                    taken_over=held.lost.is_set,
+                )
+            if over is not None:
+                notes.append(f"No further trial was started: {over}.")
+        if study.confirm is None:
+            return
+        if work.confirm is None:
+            work = settle(study, study_dir)
+        assert work.frozen is not None
+        assert work.confirm is not None
+        _say(arguments, work.frozen.headline())
+        with Progress(study, work.confirm, quiet=arguments.quiet, metric="test_loss") as progress:
+            over = run_confirm(
                 launch,
-                plan.agenda,
-                warm_starts=warm_starts,
+                work.frozen,
+                work.confirm,
                 on_result=progress.on_result,
                 on_finished=progress.on_finished,
                 taken_over=held.lost.is_set,
             )
+        if over is not None:
+            notes.append(f"No further confirm run was started: {over}.")
 
 
-def _conclude(study: StudyConfig, study_dir: str, over: str | None) -> int:
+def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, failed: bool = False) -> int:
     """Build the report, say what was found and where it lies.
 
     Args:
-        over: why the search ended before its number of trials.
+        notes: what is said first.
+        failed: whether the study did not come to its end.
     """
-    from raydisp import analysis
+    from raydisp import analysis, verdict
     from raydisp.report import build_report
 
     tables = results.read_tables(study_dir)
@@ -239,11 +283,17 @@ def _conclude(study: StudyConfig, study_dir: str, over: str | None) -> int:
     if len(objectives) > 1:
         front = analysis.pareto_front(tables.trials, *objectives)
         results.write_table(storage.join(study_dir, "pareto", "front.parquet"), front)
+    judged = "confirm" in tables.trials["phase"].to_pylist()
+    if judged:
+        verdict.write_verdicts(study_dir, tables.trials)
     report = build_report(study_dir)
-    if over is not None:
-        print(f"No further trial was started: {over}.")
+    for note in notes:
+        print(note)
     for sentence in analysis.summarise(tables.trials, *objectives):
         print(sentence)
+    if judged:
+        for sentence in verdict.sentences(tables.trials):
+            print(sentence)
     counts = analysis.count_statuses(tables.trials)
     told = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
     broken = [row for row in tables.trials.to_pylist() if row["status"] in ("failed", "diverged")]
@@ -253,7 +303,7 @@ def _conclude(study: StudyConfig, study_dir: str, over: str | None) -> int:
         told += f" (trial {first['trial']}: {message})"
     print(f"{told}; see {study_dir}")
     print(f"Report: {report}")
-    return EXIT_FAILED_TRIALS if broken else EXIT_DONE
+    return EXIT_FAILED_TRIALS if broken or failed else EXIT_DONE
 
 
 def _say(arguments: argparse.Namespace, text: str) -> None:

@@ -250,12 +250,12 @@ def train(
         report(step, evaluation)
         return evaluation
 
-    def save_checkpoint(val_loss: float | None, *, wait: bool = False) -> None:
+    def save_checkpoint(val_loss: float | None) -> None:
         assert checkpoints is not None
         if rows is not None:
             rows.flush(progress.step)  # before the checkpoint: rows up to it are then safe
         tensors = training_tensors(model, optimizer)
-        checkpoints.save(progress.step, tensors, progress.state(elapsed_s()), value=val_loss, wait=wait)
+        checkpoints.save(progress.step, tensors, progress.state(elapsed_s()), value=val_loss)
 
     noise = make_noise(model, trial)
     try:

@@ -233,6 +233,16 @@ def paired_differences(trials: pa.Table) -> dict[str, dict[int, float]]:
     return found
 
 
+def largest_spread(trials: pa.Table) -> float | None:
+    """The largest standard deviation over seeds of an arm's paired differences; None: no arm has two pairs.
+
+    Raises:
+        VerdictError: as `verdicts` says.
+    """
+    found = [list(pairs.values()) for pairs in paired_differences(trials).values()]
+    return max((float(np.std(values, ddof=1)) for values in found if len(values) > 1), default=None)
+
+
 def write_verdicts(study_dir: str, trials: pa.Table) -> tuple[str, str]:
     """Write both tables into a results folder, in place of earlier ones; returns their places.
 

@@ -13,10 +13,8 @@ import json
 import logging
 import math
 import os
-import re
 import socket
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +23,10 @@ from pydantic import ValidationError
 from raydisp import lease, results, retries, space, storage, tidy
 from raydisp.capacity import describe_workers
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
+from raydisp.endings import describe_failure, root_cause
 from raydisp.errors import (
     ConfigError,
-    DivergedError,
     LeaseLostError,
-    OutOfMemoryError,
     OutputError,
     PlacementTimeoutError,
     PreemptedError,
@@ -44,8 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
-
-MAX_MESSAGE_LENGTH = 2000
 
 STOP_RULE_TIMEOUT_S = 60.0
 """How long a trial waits to be told whether it goes on."""
@@ -79,6 +74,10 @@ class Assignment:
     """Of the study's data; a trial that varies them finds out its own."""
     lease: str | None = None
     """Of the results folder, while this study holds it."""
+    confirm_json: str | None = None
+    """Of the confirm phase: its frozen plan, which stands on every row."""
+    keep_model: bool = False
+    """Whether the weights are kept when the trial has completed."""
 
     @property
     def name(self) -> str:
@@ -141,7 +140,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
                 row[name] = space.column_value(in_the_words_of(trial, name, used), column)
         row.update(outcome)
     except Exception as error:
-        if isinstance(_root_cause(error)[0], LeaseLostError):
+        if isinstance(root_cause(error)[0], LeaseLostError):
             raise  # the row is another command's by now
         tokens_per_step = field_of(json.loads(row["config_json"]), "train.global_batch_tokens")
         row.update(describe_failure(error, tokens_per_step))
@@ -185,9 +184,10 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "attempt": assignment.attempt,
         "arm": assignment.arm,
         "status": "interrupted",
-        "seed": trial.seed,
+        "seed": assignment.values.get("seed", trial.seed),
         "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
-        "study_json": json.dumps(assignment.study, sort_keys=True),
+        "study_json": json.dumps(assignment.study),
+        "confirm_json": assignment.confirm_json,
         "world_size": study.resources.num_workers,
         "strategy": trial.train.strategy,
         "error_type": None,
@@ -198,9 +198,8 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "packages_json": json.dumps(assignment.packages, sort_keys=True),
         "started_at": _utc(started),
     }
-    values = space.searched_values(study, with_fields(trial, assignment.values))
     for name, column in space.column_types(study).items():
-        row[name] = space.column_value(values.get(name), column)
+        row[name] = space.column_value(assignment.values.get(name), column)  # null: it is not set in this one
     return row
 
 
@@ -400,6 +399,10 @@ def train_share(
                 assignment.study_dir, assignment.trial, assignment.attempt, resumed_step=resumed_step
             ),
         )
+    confirms = assignment.phase == "confirm"
+    identities = (
+        _identities(model, data.TokenBlocks(folder, "train"), trial) if confirms and layout.is_main else {}
+    )
     first_step_at: list[float] = []
     result = train(
         model,
@@ -414,6 +417,8 @@ def train_share(
         on_evaluation=report,
         must_stop=_must_stop(assignment) if layout.is_main else None,
         interruption=interruption,
+        test_blocks=data.TokenBlocks(folder, "test") if confirms else None,
+        on_end=_keep_model(assignment, trial, folder, layout) if assignment.keep_model else None,
     )
     return {
         "status": "completed" if result.final is not None else "pruned",
@@ -423,6 +428,8 @@ def train_share(
         "resumed_step": resumed_step,
         "train_loss": result.train_loss,
         **(result.final.metrics() if result.final is not None else {}),
+        "test_loss": result.test_loss,
+        **identities,
         "train_s": result.train_s,
         "startup_s": first_step_at[0] - started,
         "tokens_per_s": result.tokens_per_s,
@@ -436,6 +443,44 @@ def train_share(
         "model_revision": revision,
         "used": result.used,
     }
+
+
+def _identities(model: Any, train_blocks: Any, trial: TrialConfig) -> dict[str, str]:
+    """What two runs of a pair have in common: initial weights, first and last batch, as SHA-256."""
+    from raydisp import data, models
+
+    batches = {"first_batch_sha256": 0, "last_batch_sha256": trial.num_steps - 1}
+    return {
+        "initial_weights_sha256": models.weights_sha256(model),
+        **{
+            column: data.batch_sha256(train_blocks, trial.seed, step, trial.sequences_per_step)
+            for column, step in batches.items()
+        },
+    }
+
+
+def _keep_model(
+    assignment: Assignment, trial: TrialConfig, prepared: str, layout: Layout
+) -> Callable[[Any], None]:
+    from raydisp import kept_models
+
+    def keep(model: Any) -> None:
+        _refuse_if_taken_over(assignment)
+        kept_models.keep(
+            model,
+            kept_models.place_of(assignment.study_dir, assignment.trial),
+            os.path.join(prepared, "tokenizer"),
+            is_main=layout.is_main,
+            about={
+                "study": StudyConfig.model_validate(assignment.study).name,
+                "trial": assignment.trial,
+                "arm": assignment.arm,
+                "seed": trial.seed,
+                "config_sha256": trial.sha256,
+            },
+        )
+
+    return keep
 
 
 def _refuse_if_taken_over(assignment: Assignment) -> None:
@@ -493,75 +538,6 @@ def _device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-# --- endings -------------------------------------------------------------------------------------------
-
-
-def describe_failure(error: BaseException, tokens_per_step: int) -> dict[str, Any]:
-    """Status and error columns for what ended an attempt."""
-    cause, trace = _root_cause(error)
-    kind, message = _kind_and_message(cause, trace)
-    columns: dict[str, Any] = {
-        "status": "failed",
-        "error_type": kind,
-        "error_message": message[:MAX_MESSAGE_LENGTH],
-        "traceback": trace,
-    }
-    if isinstance(cause, DivergedError):
-        columns["status"] = "diverged"
-        columns["num_steps"] = cause.step - 1
-        columns["num_tokens"] = (cause.step - 1) * tokens_per_step
-    if isinstance(cause, OutOfMemoryError):
-        columns["micro_batch_tokens"] = cause.micro_batch_tokens
-    return columns
-
-
-def _kind_and_message(cause: BaseException, trace: str) -> tuple[str, str]:
-    """What ended an attempt, in a word and a sentence; the words of `retries.LOST` are ours."""
-    told = str(cause).strip() or type(cause).__name__
-    if isinstance(cause, PlacementTimeoutError):
-        return "PlacementTimeout", told
-    first_line = told.splitlines()[0]
-    if _is_collective(cause, trace):
-        if re.search(r"timed? ?out", told, re.IGNORECASE):
-            return "CollectiveTimeout", (
-                "a worker got no answer from the others within failures.collective_timeout_s: one of them "
-                f"hangs, or the network between them is down ({first_line})"
-            )
-        return "WorkerLost", f"a worker lost the connection to another one, which has ended ({first_line})"
-    if type(cause).__module__.startswith("ray."):
-        return "WorkerLost", f"a worker's process or its node was lost ({first_line})"
-    return type(cause).__name__, told
-
-
-def _is_collective(cause: BaseException, trace: str) -> bool:
-    """Whether an error came out of an exchange between workers."""
-    frames = [line for line in trace.splitlines() if line.lstrip().startswith('File "')]
-    return (
-        type(cause).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
-        or bool(re.search(r"gloo|NCCL|[Cc]onnection (closed|reset) by peer", str(cause)))
-        or (bool(frames) and "distributed_c10d.py" in frames[-1])
-    )
-
-
-def _root_cause(error: BaseException) -> tuple[BaseException, str]:
-    """The exception that a worker raised, out of what Ray Train wraps around it, and its traceback."""
-    trace = "".join(traceback.format_exception(error))
-    failures: Mapping[int, Any] = getattr(error, "worker_failures", {})
-    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
-    traces = [getattr(failure, "_traceback_str", trace) for _, failure in sorted(failures.items())]
-    # When one worker stops, its peers fail in their collectives; those errors say nothing. Nor does Ray's
-    # word that a process is gone, beside an exception that the process raised.
-    ranked = sorted(
-        zip(causes, traces, strict=True),
-        key=lambda pair: (
-            not isinstance(pair[0], DivergedError),
-            _is_collective(*pair),
-            type(pair[0]).__module__.startswith("ray."),
-        ),
-    )
-    return ranked[0] if ranked else (error, trace)
 
 
 def _utc(seconds: float) -> datetime.datetime:

@@ -150,13 +150,13 @@ def test_best_is_the_completed_search_trial_with_the_best_objective():
     )
     assert analysis.best_trial(trials, VAL_LOSS)["trial"] == 2
     assert analysis.best_trial(trials, Objective(metric="val_loss", mode="max"))["trial"] == 1
-    assert analysis.baseline_row(trials)["val_loss"] == 4.0
+    assert analysis.baseline_row(trials, Objective())["val_loss"] == 4.0
 
 
 def test_no_best_and_no_baseline_are_none():
     trials = trial_table([failed_row(1), failed_row(2, "diverged")])
     assert analysis.best_trial(trials, VAL_LOSS) is None
-    assert analysis.baseline_row(trials) is None
+    assert analysis.baseline_row(trials, Objective()) is None
     assert analysis.best_trial(trial_table([]), VAL_LOSS) is None
 
 

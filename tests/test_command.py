@@ -206,7 +206,7 @@ def test_a_finished_study_says_so_and_rebuilds_its_report(
 ) -> None:
     assert main([str(write_study(tree))]) == 0
     told = capsys.readouterr().out
-    assert "All 3 search trials and the baseline are done already." in told
+    assert "All 4 trials are done already." in told
     assert "Best of 3: trial 3 with val_loss 4.700" in told
     assert f"4 completed; see {done}" in told
     assert (done / "report.html").stat().st_size > 10_000

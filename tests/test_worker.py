@@ -17,8 +17,10 @@ import torch
 
 from raydisp import data, results, train
 from raydisp.config import StudyConfig, replace_fields
+from raydisp.endings import describe_failure
 from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
-from raydisp.worker import Assignment, describe_failure, in_the_words_of, run_attempt, run_trial
+from raydisp.frozen_plan import SAME_WITHIN_A_PAIR
+from raydisp.worker import Assignment, in_the_words_of, run_attempt, run_trial
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,47 @@ def assign(tree: dict[str, Any], tmp_path: Path, cache_dir: str, **changes: Any)
     return Assignment(**{**fields, **changes})
 
 
+def test_a_confirm_run_is_paired_tested_and_kept(
+    tree: dict[str, Any], tmp_path: Path, cache_dir: str
+) -> None:
+    """By arm and seed: what is the same, what differs, and what an interrupted run has when it goes on."""
+    tree["checkpoint"] = {"every_tokens": 512}
+    methods: dict[str, dict[str, Any]] = {
+        "baseline": {"dispersion.weight": 0.0},
+        "dispersion": {"dispersion.weight": 0.5},
+        "noisy": {"dispersion.weight": 0.0, "noisy_embedding.alpha": 5.0},
+        "forgetting": {"dispersion.weight": 0.0, "active_forgetting.every_steps": 4},
+    }
+    rows = {}
+    for number, (arm, values) in enumerate(methods.items()):
+        for seed in (7, 8):
+            run = assign(
+                tree,
+                tmp_path,
+                cache_dir,
+                trial=2 * number + seed,
+                phase="confirm",
+                arm=arm,
+                values={**values, "seed": seed},
+                confirm_json="{}",
+                keep_model=arm == "baseline",
+            )
+            rows[arm, seed] = run_attempt(run, lambda metrics: None)
+    assert {(row["status"], row["phase"]) for row in rows.values()} == {("completed", "confirm")}
+    for column in SAME_WITHIN_A_PAIR:
+        for seed in (7, 8):
+            assert len({rows[arm, seed][column] for arm in methods}) == 1
+        assert rows["baseline", 7][column] != rows["baseline", 8][column]
+        assert rows["baseline", 7][column] is not None
+    assert len({row["test_loss"] for row in rows.values()}) == 8, "every run came to something else"
+    assert [row["seed"] for row in rows.values()] == [7, 8] * 4
+    splits = results.read_table(str(tmp_path / "results"), "evals", trial=7).to_pylist()
+    (tested,) = [row["value"] for row in splits if (row["split"], row["name"]) == ("test", "loss")]
+    assert tested == rows["baseline", 7]["test_loss"]
+    kept = sorted(path.name for path in (tmp_path / "results" / "models").iterdir())
+    assert kept == ["trial-00007", "trial-00008"]
+
+
 def test_a_trial_that_ends_well(tree: dict[str, Any], tmp_path: Path, cache_dir: str) -> None:
     reports: list[dict[str, Any]] = []
     values = {"dispersion.weight": 0.7, "dispersion.layers": [1]}
@@ -68,7 +111,15 @@ def test_a_trial_that_ends_well(tree: dict[str, Any], tmp_path: Path, cache_dir:
     assert stored["startup_s"] > 0
     assert stored["train_s"] > 0
     assert stored["ended_at"] > stored["started_at"]
-    columns = set(stored) - {"error_type", "error_message", "traceback", "model_revision", "note"}
+    of_confirm = {"test_loss", "confirm_json", *SAME_WITHIN_A_PAIR}
+    columns = set(stored) - {
+        "error_type",
+        "error_message",
+        "traceback",
+        "model_revision",
+        "note",
+        *of_confirm,
+    }
     assert (stored["num_skipped_steps"], stored["resumed_step"], stored["micro_batch_tokens"]) == (0, 0, 128)
     assert [name for name in columns if stored[name] is None] == [], "nothing else is missing"
     tables = results.read_tables(str(tmp_path / "results"))
