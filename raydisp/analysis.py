@@ -86,11 +86,24 @@ def search_trials(trials: pa.Table) -> pa.Table:
     return trials.filter(pc.and_(in_search, pc.not_equal(trials["arm"], "baseline")))
 
 
-def baseline_row(trials: pa.Table) -> Row | None:
-    """The baseline's row of the search phase, whatever its status; None where there is none yet."""
+def baseline_row(trials: pa.Table, objective: Objective) -> Row | None:
+    """The baseline's row of the search phase, the best where it is searched too; one without a value, of any
+    status, where none has one; None where there is none yet."""
     in_search = pc.equal(trials["phase"], "search")
     rows = trials.filter(pc.and_(in_search, pc.equal(trials["arm"], "baseline"))).to_pylist()
-    return rows[0] if rows else None
+    sign = 1.0 if objective.mode == "min" else -1.0
+    scored = [(sign * value, row) for row in rows if (value := value_of(row, objective.metric)) is not None]
+    return min(scored, key=lambda pair: pair[0])[1] if scored else next(iter(rows), None)
+
+
+def search_arms(trials: pa.Table) -> list[str]:
+    """Names of the arms of the search but the baseline, in the order of their first trials."""
+    return list(dict.fromkeys(search_trials(trials).sort_by("trial")["arm"].to_pylist()))
+
+
+def of_arm(trials: pa.Table, arm: str) -> pa.Table:
+    """The rows of one arm and of the baseline."""
+    return trials.filter(pc.is_in(trials["arm"], pa.array([arm, "baseline"], pa.string())))
 
 
 def value_of(row: Row | None, metric: str) -> float | None:
@@ -312,7 +325,14 @@ def summarise(trials: pa.Table, *objectives: Objective) -> tuple[str, ...]:
     A search tries many arms on one seed and keeps the luckiest, so no sentence calls its best a result. They
     also say what makes two values hard to compare: other fields that were searched, or unequal budgets.
     """
-    baseline = baseline_row(trials)
+    arms = search_arms(trials)
+    if len(arms) > 1:
+        return tuple(
+            f"{arm}: {sentence[:1].lower()}{sentence[1:]}"
+            for arm in arms
+            for sentence in summarise(of_arm(trials, arm), *objectives)
+        )
+    baseline = baseline_row(trials, objectives[0])
     best = [best_trial(trials, objective) for objective in objectives]
     front = (_front_sentence(trials, objectives, baseline),) if len(objectives) > 1 else ()
     told = [
@@ -381,7 +401,9 @@ def _objective_sentence(
     caveats = []
     if (best_value >= baseline_value) if mode == "min" else (best_value <= baseline_value):
         caveats.append("no trial did better than the baseline")
-    if confounded := [name for name in fields if not name.startswith("dispersion.")]:
+    # A study that names arms tunes the baseline over what all of them share.
+    confounded = [name for name in fields if not name.startswith("dispersion.")]
+    if confounded and best["arm"] == "search":
         caveats.append(f"{' and '.join(confounded)} varied too, so the difference is not dispersion's alone")
     if metric != "val_loss" and (loss := value_of(best, "val_loss")) is not None:
         base_loss = value_of(baseline, "val_loss")

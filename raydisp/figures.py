@@ -374,9 +374,10 @@ def _length(end: float | None, start: float | None) -> float | None:
 
 
 def _profiles(tables: Tables, objective: Objective) -> list[tuple[str, analysis.LayerProfile]]:
-    named = [("baseline", analysis.baseline_row(tables.trials))]
+    named = [("baseline", analysis.baseline_row(tables.trials, objective))]
     if best := analysis.best_trial(tables.trials, objective):
-        named.append((f"best: trial {best['trial']}", best))
+        arm = "" if best["arm"] == "search" else f" ({best['arm']})"
+        named.append((f"best: trial {best['trial']}{arm}", best))
     pairs = [(name, row and analysis.layer_profile(tables.layers, row["trial"])) for name, row in named]
     return [(name, profile) for name, profile in pairs if profile]
 
@@ -423,7 +424,7 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
 
 
 def _add_baseline(figure: go.Figure, trials: pa.Table, objective: Objective, ends: list[float]) -> None:
-    value = analysis.value_of(analysis.baseline_row(trials), objective.metric)
+    value = analysis.value_of(analysis.baseline_row(trials, objective), objective.metric)
     if value is not None:
         figure.add_scatter(
             name="baseline",
@@ -483,7 +484,7 @@ def _unit(metric: str) -> str:
 
 
 def _dashes(trials: pa.Table, objective: Objective) -> str:
-    if analysis.value_of(analysis.baseline_row(trials), objective.metric) is None:
+    if analysis.value_of(analysis.baseline_row(trials, objective), objective.metric) is None:
         return ""
     return ", the dashed line is the baseline (no dispersion)"
 

@@ -6,6 +6,7 @@ frame are `page.css`, `page.js` and `page.html` beside this file.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import html
 import importlib.resources
@@ -13,16 +14,18 @@ import json
 import logging
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.offline
 import pyarrow as pa
 from pydantic import ValidationError
 
-from raydisp import analysis
+from raydisp import analysis, verdict
 from raydisp.analysis import MEASURES, Row
-from raydisp.figures import DARK_COLOURS, Panel, build_panels
+from raydisp.errors import VerdictError
+from raydisp.figures import DARK_COLOURS, Panel, build_panels, verdict_panel
+from raydisp.frozen_plan import CONFIRM
 from raydisp.results import Tables
 from raydisp.search_config import Objective
 
@@ -33,8 +36,8 @@ def facts(trials: pa.Table, study: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was run: pairs of a name and a plain text, those that are known."""
     search = analysis.search_trials(trials)
     counts = ", ".join(f"{number} {status}" for status, number in analysis.count_statuses(search).items())
-    planned = _get(study, "search.num_trials")
-    baseline = analysis.baseline_row(trials)
+    planned = None if _get(study, "arms") else _get(study, "search.num_trials")
+    baseline = analysis.baseline_row(trials, _objectives(study)[0])
     of_planned = f" (of {planned} planned)" if planned is not None and planned != search.num_rows else ""
     state = "no baseline yet" if baseline is None else f"baseline {baseline['status']}"
     tokens = sorted({number for number in trials["num_tokens"].to_pylist() if number is not None})
@@ -100,7 +103,7 @@ def _when(trials: pa.Table) -> str:
 def results_table(trials: pa.Table, objective: Objective) -> str:
     """The table of all trials as HTML, everything in it escaped; sorted by the page's script."""
     metric = objective.metric
-    best, baseline = analysis.best_trial(trials, objective), analysis.baseline_row(trials)
+    best, baseline = analysis.best_trial(trials, objective), analysis.baseline_row(trials, objective)
     fields = analysis.searched_fields(trials)
     shown = ["val_loss", "val_bits_per_byte", "layer_cosine_mean", "spearman"]
     measures = list(dict.fromkeys([metric, *shown]))
@@ -146,6 +149,8 @@ def _against_baseline(row: Row, baseline: Row | None, metric: str) -> float | No
     value, reference = analysis.value_of(row, metric), analysis.value_of(baseline, metric)
     if baseline is None or value is None or reference is None or row["trial"] == baseline["trial"]:
         return None
+    if row["phase"] != "search":  # of another seed: its baseline is that of its pair
+        return None
     return value - reference if analysis.same_budget(row, baseline) else None
 
 
@@ -188,12 +193,13 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
     names = dict.fromkeys([*trials["study"].to_pylist(), _get(study, "name")])
     name = next((str(name) for name in names if name), "study")
     sentences = analysis.summarise(trials, *objectives)
-    panels = build_panels(tables, objective)
+    judged = _verdict(trials)
+    panels = [*judged.panels, *build_panels(tables, objective)]
     drawn = [f'"{plot.name}": {plot.figure.to_json()}' for panel in panels for plot in panel.plots]
     return string.Template(_part("page.html")).substitute(
         name=html.escape(name),
-        lead=html.escape(sentences[0]),
-        second=html.escape(sentences[1]),
+        leads="".join(f'<p class="lead">{html.escape(text)}</p>' for text in judged.sentences or sentences),
+        search=_search_html(sentences) if judged.sentences else "",
         facts="".join(
             f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(text)}</dd></div>"
             for key, text in facts(trials, study)
@@ -206,6 +212,28 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
         style=_part("page.css"),
         script=_part("page.js"),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    sentences: tuple[str, ...] = ()
+    panels: tuple[Panel, ...] = ()
+
+
+def _verdict(trials: pa.Table) -> _Verdict:
+    """What the confirm phase found; nothing where there is none."""
+    if CONFIRM not in trials["phase"].to_pylist():
+        return _Verdict()
+    try:
+        return _Verdict(verdict.sentences(trials), (verdict_panel(verdict.verdicts(trials), trials),))
+    except VerdictError as error:
+        return _Verdict((f"The confirm phase cannot be judged: {error}.",))
+
+
+def _search_html(sentences: Sequence[str]) -> str:
+    """What the search found, below the verdict: leads that picked the arms, and no results."""
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in sentences)
+    return f"<section><h2>The search that came before</h2><ul>{items}</ul></section>"
 
 
 def _objectives(study: Mapping[str, Any]) -> list[Objective]:

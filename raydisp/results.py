@@ -42,7 +42,7 @@ _timestamp = pa.timestamp("us", tz="UTC")
 TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "study": pa.string(),
     "phase": pa.string(),  # search | confirm
-    "trial": pa.int32(),  # 0 is the baseline
+    "trial": pa.int32(),  # confirm runs come after those of the search
     "attempt": pa.int32(),  # from 1; the one with the highest number counts
     "arm": pa.string(),  # baseline | search; in the confirm phase baseline or the name of a frozen arm
     "status": pa.string(),  # one of STATUSES
