@@ -70,7 +70,7 @@ def export(study_dir: str, to: str, *, arm: str = BEST, seed: int | None = None)
         raise OutputError(f"{study_dir} holds no trials; give the results folder of a study")
     plan = read_plan(trials)
     rows = confirm_rows(trials).to_pylist()
-    row = _choose(rows, [plan.baseline, *plan.arms], plan.seeds, arm, seed, study_dir)
+    row = _choose(rows, list(plan.arms), plan.seeds, arm, seed, study_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

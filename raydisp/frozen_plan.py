@@ -1,98 +1,154 @@
-"""The plan of a confirm phase as its rows carry it, and the pairs of runs that it asks for.
+"""The plan of a confirm phase: in `confirm.yaml`, and the same on each of its rows.
 
-Every row of the phase has the same plan in `confirm_json`, frozen before the first run. A pair is a run of an
-arm and a run of the baseline with the same seed: the same initial weights, the same data in the same order,
-the same number of tokens. What is not that is no pair, and says why.
+It is frozen before the first run; `confirm` makes it, and a verdict needs nothing else but the rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raydisp.errors import VerdictError
+from raydisp import storage
+from raydisp.errors import OutputError, VerdictError
 from raydisp.results import TRIAL_COLUMNS, latest_attempts
+from raydisp.section import Section
+from raydisp.studyfile import explain
 from raydisp.trial_list import number_ranges
 
-Row = dict[str, Any]
-
-PLAN_VERSION = 1
+PLAN_VERSION: Literal[1] = 1
 CONFIRM = "confirm"
+FILE = "confirm.yaml"
 
-SAME_WITHIN_A_PAIR = {
-    "initial_weights_sha256": "with other initial weights",
-    "first_batch_sha256": "with another first batch",
-    "last_batch_sha256": "with another last batch",
-}
-"""Columns that two runs of a pair must agree in where both have them -> what it is where they do not."""
-UNEQUAL_BUDGETS = "of unequal budgets"
-NEVER_STARTED, INTERRUPTED = "never started", "interrupted"
-OF_BASELINE = "baseline "
-"""Before a problem that is the baseline's."""
-_LARGE_TEXTS = {"config_json", "study_json", "confirm_json", "packages_json", "traceback"}
+TEST = (
+    "paired Student t over seeds, two-sided, Holm over the arms at alpha; beside it the exact sign-flip "
+    "test; no effect that matters where the 90 % interval lies within +-smallest_effect (two one-sided tests)"
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What was frozen before the runs, as far as a verdict needs it."""
+class PlannedArm(Section):
+    """One configuration that is run on every seed."""
 
+    model_config = ConfigDict(extra="ignore")
+
+    from_trial: int | None = None
+    """Of the search; None: it was not searched."""
+    description: str = ""
+
+
+class Plan(Section):
+    """What was frozen before the runs, as far as a verdict needs it; `confirm_plan.Frozen` has the rest."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: Literal[1]
     primary_outcome: str
     """A numeric column of `trials`; lower is better."""
     unit: str
     baseline: str
     """Name of the arm that the others are compared with."""
-    arms: Mapping[str, Mapping[str, Any]]
-    """The others by name, in the plan's order."""
-    seeds: tuple[int, ...]
-    smallest_effect: float
-    alpha: float
+    arms: Mapping[str, PlannedArm]
+    """By name, in the plan's order, the baseline among them."""
+    seeds: Annotated[list[int], Field(min_length=1)]
+    smallest_effect: Annotated[float, Field(gt=0.0)]
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
     pretrained: bool
     """The model was not trained from scratch: its initial weights do not depend on the seed."""
 
+    @field_validator("primary_outcome")
+    @classmethod
+    def _is_a_measure(cls, value: str) -> str:
+        if TRIAL_COLUMNS.get(value) != pa.float64():
+            raise ValueError("is not a column of trials that holds numbers, such as test_loss")
+        return value
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A planned pair of runs, whatever became of them."""
+    @field_validator("seeds")
+    @classmethod
+    def _are_distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"seeds = {value} names a seed twice")
+        return value
 
-    arm: str
-    seed: int
-    ours: Row | None
-    """Row of the arm's run; None if it never started."""
-    baseline: Row | None
-    problem: str
-    """Why this is no complete pair, in a few words; empty where it is one."""
+    @model_validator(mode="after")
+    def _compares_something(self) -> Plan:
+        if not self.compared:
+            raise ValueError(f"arms has none beside {self.baseline}, so that nothing is compared")
+        return self
 
     @property
-    def is_outstanding(self) -> bool:
-        """It may still become complete: what it lacks is a run that never started, or can be continued."""
-        return self.problem.removeprefix(OF_BASELINE) in (NEVER_STARTED, INTERRUPTED)
-
-    def values(self, metric: str) -> tuple[float, float]:
-        """A metric of the arm's run and the baseline's; both NaN unless the pair is complete and has both."""
-        if self.problem or self.ours is None or self.baseline is None:
-            return math.nan, math.nan
-        ours, theirs = value_of(self.ours, metric), value_of(self.baseline, metric)
-        return (ours, theirs) if math.isfinite(ours - theirs) else (math.nan, math.nan)
-
-    def difference(self, metric: str) -> float:
-        """Arm minus baseline; NaN unless the pair is complete and both runs have the metric."""
-        ours, theirs = self.values(metric)
-        return ours - theirs
+    def compared(self) -> list[str]:
+        """The arms that are compared with the baseline, in the plan's order."""
+        return [arm for arm in self.arms if arm != self.baseline]
 
 
-def value_of(row: Row, metric: str) -> float:
-    """A metric of a run, `test_perplexity` from its `test_loss`; NaN where it has none."""
-    if metric == "test_perplexity":
-        loss = row.get("test_loss")
-        return math.exp(loss) if loss is not None and loss < 700 else math.nan
-    value = row.get(metric)
-    return math.nan if value is None else float(value)
+class FrozenArm(PlannedArm):
+    """All that `confirm.yaml` says of an arm."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    arm: str
+    """That it had in the search."""
+    values: dict[str, Any]
+    """Fields that differ from the study file."""
+
+
+class Frozen(Plan):
+    """What `confirm.yaml` says, and every row of the phase."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    study: str
+    frozen_at: str
+    hypotheses: list[str]
+    test: str = TEST
+    arms: Mapping[str, FrozenArm]
+    spread: float | None
+    """Standard deviation over seeds of the paired difference, as known before; null: it was not."""
+    promise: dict[str, float] | None
+    """What the runs can be expected to show, given the spread."""
+    num_search_trials: int
+    """`search.num_trials`, when the search was over."""
+    first_trial: int
+    keep_models: Literal["first_seed", "all", "none"]
+    data_sha256: str | None
+    """Of the data of the search."""
+
+    @property
+    def num_trials(self) -> int:
+        """Runs of the phase."""
+        return len(self.arms) * len(self.seeds)
+
+    def trials(self) -> dict[int, tuple[str, int]]:
+        """Number -> arm and seed: the arms of a seed stand side by side."""
+        pairs = [(arm, seed) for seed in self.seeds for arm in self.arms]
+        return {self.first_trial + index: pair for index, pair in enumerate(pairs)}
+
+    def headline(self) -> str:
+        """One line: what is about to run, and why."""
+        arms = ", ".join(
+            name + (f" (trial {one.from_trial})" if one.from_trial is not None else "")
+            for name, one in self.arms.items()
+        )
+        return (
+            f"Confirming {arms} on {len(self.seeds)} fresh seeds each, {self.num_trials} runs, as settled in "
+            f"{FILE}."
+        )
+
+    def keeps_model(self, seed: int) -> bool:
+        """Whether the weights of the runs on a seed are kept."""
+        return self.keep_models == "all" or (self.keep_models == "first_seed" and seed == self.seeds[0])
+
+    def to_json(self) -> str:
+        """As it stands on every row."""
+        return json.dumps(self.model_dump(mode="json"))  # in the order of the arms
+
+
+# --- on the rows -----------------------------------------------------------------------------------------
 
 
 def confirm_rows(trials: pa.Table) -> pa.Table:
@@ -147,102 +203,39 @@ def parse_plan(text: str) -> Plan:
             f"{PLAN_VERSION}); update raydisp to read it"
         )
 
-    def take(name: str, holds: bool, rule: str) -> Any:
-        if not holds:
-            raise VerdictError(f"confirm_json: {name} = {tree.get(name)!r:.60} must be {rule}")
-        return tree[name]
+    try:
+        return Plan.model_validate(tree)
+    except ValidationError as error:
+        raise VerdictError(f"confirm_json: {explain(error, tree)}") from None
 
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-    def is_whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
+# --- in the results folder -------------------------------------------------------------------------------
 
-    outcome: Any = tree.get("primary_outcome")
-    arms: Any = tree.get("arms")
-    seeds: Any = tree.get("seeds")
-    effect: Any = tree.get("smallest_effect")
-    alpha: Any = tree.get("alpha")
-    take("schema_version", version == PLAN_VERSION, str(PLAN_VERSION))
-    kind = TRIAL_COLUMNS.get(outcome) if isinstance(outcome, str) else None
-    take("primary_outcome", kind == pa.float64(), "a column of trials that holds numbers, such as test_loss")
-    baseline = take("baseline", isinstance(tree.get("baseline"), str), "the name of an arm")
-    holds_arms = isinstance(arms, dict) and all(isinstance(arm, dict) for arm in arms.values())
-    take("arms", holds_arms and bool({*arms} - {baseline}), "an object of at least one arm by its name")
-    holds_seeds = isinstance(seeds, list) and all(is_whole(seed) for seed in seeds)
-    take("seeds", holds_seeds and 0 < len(seeds) == len(set(seeds)), "a list of distinct whole numbers")
-    return Plan(
-        primary_outcome=outcome,
-        unit=take("unit", isinstance(tree.get("unit"), str), "text"),
-        baseline=baseline,
-        arms={name: arm for name, arm in arms.items() if name != baseline},
-        seeds=tuple(seeds),
-        smallest_effect=float(take("smallest_effect", is_number(effect) and effect > 0, "a number above 0")),
-        alpha=float(take("alpha", is_number(alpha) and 0 < alpha < 1, "a number between 0 and 1")),
-        pretrained=take("pretrained", isinstance(tree.get("pretrained"), bool), "true or false"),
+
+def write_frozen(study_dir: str, frozen: Frozen) -> None:
+    """Write `confirm.yaml`, before any of its runs."""
+    text = yaml.safe_dump(frozen.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    head = (
+        "# Settled when the search was over, before any confirm run. It does not change: a new plan is a\n"
+        "# new study (--fork NAME).\n"
     )
+    storage.write_bytes(storage.join(study_dir, FILE), (head + text).encode())
 
 
-def pair_up(trials: pa.Table, plan: Plan) -> list[Pair]:
-    """The planned pairs, arm by arm and in the order of the seeds.
+def read_frozen(study_dir: str) -> Frozen | None:
+    """The frozen plan of a study; None: there is none yet.
 
     Raises:
-        VerdictError: the runs are on different data, or two trials are the same run of the plan.
+        OutputError: the file is not one that raydisp wrote.
     """
-    table = confirm_rows(trials)
-    rows = table.select([name for name in table.column_names if name not in _LARGE_TEXTS]).to_pylist()
-    _check_data(rows)
-    runs: dict[tuple[str, int], Row] = {}
-    for row in rows:
-        key = (row["arm"], row["seed"])
-        if key in runs:
-            raise VerdictError(
-                f"trials {runs[key]['trial']} and {row['trial']} are both the run of {key[0]} with seed "
-                f"{key[1]}; a plan has each once, so one of them does not belong to this study"
-            )
-        runs[key] = row
-    pairs = []
-    for arm in plan.arms:
-        for seed in plan.seeds:
-            ours, theirs = runs.get((arm, seed)), runs.get((plan.baseline, seed))
-            pairs.append(Pair(arm, seed, ours, theirs, _problem(ours, theirs, plan)))
-    return pairs
-
-
-def _check_data(rows: list[Row]) -> None:
-    numbers: dict[str, list[int]] = {}
-    for row in rows:
-        if row["data_sha256"] is not None:
-            numbers.setdefault(row["data_sha256"], []).append(row["trial"])
-    if len(numbers) > 1:
-        each = " and ".join(f"{sha[:12]} in trial {number_ranges(of)}" for sha, of in numbers.items())
-        raise VerdictError(
-            f"the confirm runs are on different data (data_sha256 is {each}), so their losses do not "
-            "compare; run the study anew under another name"
-        )
-
-
-def _problem(ours: Row | None, theirs: Row | None, plan: Plan) -> str:
-    """Why two runs are no complete pair; '' where they are one."""
-    sides = (("", ours), (OF_BASELINE, theirs))
-    if ours is None and theirs is None:
-        return NEVER_STARTED
-    # What has ended badly is told before what may still come.
-    for who, row in sides:
-        if row is not None and row["status"] not in ("completed", INTERRUPTED):
-            return f"{who}{row['status']}"
-    for who, row in sides:
-        if row is None:
-            return f"{who}{NEVER_STARTED}"
-        if row["status"] != "completed":
-            return f"{who}{row['status']}"
-        if not math.isfinite(value_of(row, plan.primary_outcome)):
-            return f"{who}without {plan.primary_outcome}"
-    assert ours is not None
-    assert theirs is not None
-    if ours["num_tokens"] is None or ours["num_tokens"] != theirs["num_tokens"]:
-        return UNEQUAL_BUDGETS
-    for column, told in SAME_WITHIN_A_PAIR.items():
-        if None not in (ours[column], theirs[column]) and ours[column] != theirs[column]:
-            return told
-    return ""
+    place = storage.join(study_dir, FILE)
+    try:
+        tree = yaml.safe_load(storage.read_bytes(place).decode())
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise OutputError(f"{place} cannot be read ({problem}); restore it") from None
+    try:
+        return Frozen.model_validate(tree)
+    except ValidationError as error:
+        raise OutputError(f"{place}: {explain(error, tree)}; it is not to be changed: restore it") from None

@@ -10,9 +10,10 @@ from raydisp.arms import Arms, dimensions, is_dimension
 from raydisp.capacity import Offer
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
 from raydisp.config import PathModel, StudyConfig
-from raydisp.confirm import Work, num_arms, num_seeds, read_work
 from raydisp.confirm import describe as describe_confirm
+from raydisp.confirm import num_arms, num_seeds
 from raydisp.confirm import warnings as confirm_warnings
+from raydisp.confirm_runs import Work, read_work
 from raydisp.corpus import CorpusSummary
 from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError

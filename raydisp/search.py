@@ -28,10 +28,11 @@ from raydisp.agenda import Agenda, Row
 from raydisp.arms import Arms
 from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
-from raydisp.confirm import ConfirmDispatcher, Frozen
+from raydisp.confirm_runs import ConfirmDispatcher
 from raydisp.curves import Point, of_metric, read_curves
 from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError, PreemptedError, UnfitProcessError
+from raydisp.frozen_plan import Frozen
 from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.optuna_study import OptunaStudy
 from raydisp.placement import PlacementWatch, describe_offer

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from raydisp import lease, results, storage
 from raydisp.config import StudyConfig
-from raydisp.confirm import NothingToConfirmError, Work, read_work, settle
+from raydisp.confirm import NothingToConfirmError
+from raydisp.confirm_runs import Work, read_work, settle
 from raydisp.errors import (
     EXIT_DONE,
     EXIT_FAILED_TRIALS,
@@ -289,11 +290,12 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
     report = build_report(study_dir)
     for note in notes:
         print(note)
-    for sentence in analysis.summarise(tables.trials, *objectives):
-        print(sentence)
+    found = analysis.summarise(tables.trials, *objectives)
     if judged:
-        for sentence in verdict.sentences(tables.trials):
-            print(sentence)
+        print("\n".join(verdict.sentences(tables.trials)))
+        print("The search that chose the arms, one seed each and no result:")
+        found = tuple(f"  {sentence}" for sentence in found)
+    print("\n".join(found))
     counts = analysis.count_statuses(tables.trials)
     told = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
     broken = [row for row in tables.trials.to_pylist() if row["status"] in ("failed", "diverged")]

@@ -376,7 +376,7 @@ def _allowed(finding: Mapping[str, Any]) -> str:
     if kind in _TYPES:
         return _TYPES[kind]
     if kind == "literal_error":
-        words = _literals(finding)
+        words = _literals(finding) or [context["expected"]]
         return f"one of {', '.join(words)}" if len(words) > 1 else f'"{words[0]}"'
     if kind == "string_pattern_mismatch":
         return "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit"

@@ -21,16 +21,8 @@ import pyarrow as pa
 
 from raydisp import paired, storage
 from raydisp.analysis import MEASURES
-from raydisp.frozen_plan import (
-    SAME_WITHIN_A_PAIR,
-    UNEQUAL_BUDGETS,
-    Pair,
-    Plan,
-    Row,
-    confirm_rows,
-    pair_up,
-    read_plan,
-)
+from raydisp.frozen_plan import Plan, confirm_rows, read_plan
+from raydisp.pairs import SAME_WITHIN_A_PAIR, UNEQUAL_BUDGETS, Pair, Row, pair_up
 from raydisp.results import write_table
 from raydisp.trial_list import number_ranges
 
@@ -137,9 +129,9 @@ def _verdict_table(trials: pa.Table, plan: Plan, pairs: Sequence[Pair]) -> pa.Ta
         metric: paired.summarise(_differences(groups, metric)) for metric in ("layer_cosine_mean", "spearman")
     }
     rows = []
-    for place, (arm, group) in enumerate(zip(plan.arms, groups, strict=True)):
+    for place, (arm, group) in enumerate(zip(plan.compared, groups, strict=True)):
         verdict, num_pairs = str(judged.verdict[place]), int(found.num_pairs[place])
-        from_trial, description = (plan.arms[arm].get(name) for name in ("from_trial", "description"))
+        from_trial, description = (plan.arms[arm].from_trial, plan.arms[arm].description or None)
         row: Row = {
             "study": _study(trials),
             "arm": arm,
@@ -164,7 +156,7 @@ def _verdict_table(trials: pa.Table, plan: Plan, pairs: Sequence[Pair]) -> pa.Ta
             "is_below_smallest_effect": bool(judged.below_smallest_effect[place]),
             "smallest_effect": plan.smallest_effect,
             "alpha": plan.alpha,
-            "num_arms": len(plan.arms),
+            "num_arms": len(plan.compared),
             "num_pairs": num_pairs,
             "num_planned": len(plan.seeds),
             "num_outstanding": sum(pair.is_outstanding for pair in group),
@@ -196,7 +188,7 @@ def effects(trials: pa.Table) -> pa.Table:
     plan = read_plan(trials)
     groups = _by_arm(plan, pair_up(trials, plan))
     rows = []
-    for place, (arm, group) in enumerate(zip(plan.arms, groups, strict=True)):
+    for place, (arm, group) in enumerate(zip(plan.compared, groups, strict=True)):
         for metric in dict.fromkeys((plan.primary_outcome, *EFFECT_METRICS)):
             values = np.array([pair.values(metric) for pair in group])
             values = values[np.isfinite(values).all(axis=-1)]
@@ -226,7 +218,7 @@ def paired_differences(trials: pa.Table) -> dict[str, dict[int, float]]:
         VerdictError: as `verdicts` says.
     """
     plan = read_plan(trials)
-    found: dict[str, dict[int, float]] = {arm: {} for arm in plan.arms}
+    found: dict[str, dict[int, float]] = {arm: {} for arm in plan.compared}
     for pair in pair_up(trials, plan):
         if not pair.problem:
             found[pair.arm][pair.seed] = pair.difference(plan.primary_outcome)
@@ -260,7 +252,7 @@ def write_verdicts(study_dir: str, trials: pa.Table) -> tuple[str, str]:
 
 
 def _by_arm(plan: Plan, pairs: Sequence[Pair]) -> list[list[Pair]]:
-    return [[pair for pair in pairs if pair.arm == arm] for arm in plan.arms]
+    return [[pair for pair in pairs if pair.arm == arm] for arm in plan.compared]
 
 
 def _differences(groups: Sequence[Sequence[Pair]], metric: str) -> paired.Floats:
@@ -317,7 +309,7 @@ def sentences(trials: pa.Table) -> tuple[str, ...]:
 
 
 def _plan_sentence(plan: Plan) -> str:
-    arms = _count(len(plan.arms), "arm")
+    arms = _count(len(plan.compared), "arm")
     return (
         f"Compared on {_label(plan.primary_outcome)} in {plan.unit}, lower is better: {arms} with the "
         f"baseline, on {_seeds(plan.seeds)}, by a plan frozen before the runs; less than "
@@ -469,7 +461,7 @@ def _seed_sentences(trials: pa.Table, plan: Plan) -> list[str]:
     searched = {row["seed"] for row in rows if row["phase"] == "search"}
     if used := sorted(searched & {*plan.seeds}):
         told.append(f"The search used {_seeds(used)} too: not all of these runs are fresh.")
-    planned = {*plan.arms, plan.baseline}
+    planned = {*plan.compared, plan.baseline}
     spare = [
         row
         for row in rows

@@ -10,13 +10,15 @@ import pytest
 import yaml
 from test_arms import RATES, WEIGHTS, make, mistake
 
-from raydisp import confirm, paired, results, space
+from raydisp import confirm, confirm_runs, paired, results, space
 from raydisp.arms import Arms
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
-from raydisp.confirm import ConfirmDispatcher, NothingToConfirmError
+from raydisp.confirm import NothingToConfirmError
+from raydisp.confirm_runs import ConfirmDispatcher
 from raydisp.dispatch import Launch
 from raydisp.errors import OutputError
+from raydisp.frozen_plan import Frozen, read_frozen
 from raydisp.worker import Assignment, blank_row
 
 FULL = 1280
@@ -58,7 +60,7 @@ def searched(study: StudyConfig, study_dir: str) -> None:
     leave(study, study_dir, 4, val_loss=4.8, values={"dispersion.weight": 0.2})
 
 
-def freeze(study: StudyConfig, study_dir: str) -> confirm.Frozen:
+def freeze(study: StudyConfig, study_dir: str) -> Frozen:
     return confirm.freeze(study, results.read_tables(study_dir).trials)
 
 
@@ -176,8 +178,8 @@ def test_the_plan_is_written_before_and_read_as_it_was(confirmed: dict[str, Any]
     confirmed["confirm"]["spread"] = 0.004
     study, study_dir = make(confirmed), str(tmp_path / "r")
     searched(study, study_dir)
-    work = confirm.settle(study, study_dir)
-    assert work.frozen == confirm.read_frozen(study_dir)
+    work = confirm_runs.settle(study, study_dir)
+    assert work.frozen == read_frozen(study_dir)
     assert work.frozen is not None
     text = (tmp_path / "r" / "confirm.yaml").read_text()
     told = yaml.safe_load(text)
@@ -189,7 +191,7 @@ def test_the_plan_is_written_before_and_read_as_it_was(confirmed: dict[str, Any]
     assert work.confirm.fixed == list(range(5, 17))
     assert work.num_trials(study) == 12
     # A second look changes nothing, not even the time at which it was frozen.
-    assert confirm.read_work(study, study_dir).frozen == work.frozen
+    assert confirm_runs.read_work(study, study_dir).frozen == work.frozen
     assert (tmp_path / "r" / "confirm.yaml").read_text() == text
 
 
@@ -208,10 +210,10 @@ def test_a_settled_plan_does_not_change(
 ) -> None:
     study, study_dir = make(confirmed), str(tmp_path / "r")
     searched(study, study_dir)
-    confirm.settle(study, study_dir)
+    confirm_runs.settle(study, study_dir)
     change(confirmed)
     with pytest.raises(OutputError) as caught:
-        confirm.read_work(make(confirmed), study_dir)
+        confirm_runs.read_work(make(confirmed), study_dir)
     assert told in str(caught.value)
     assert "--fork NAME" in str(caught.value)
 
@@ -222,14 +224,14 @@ def test_a_plan_that_is_not_ours_is_refused(confirmed: dict[str, Any], tmp_path:
     searched(study, study_dir)
     (tmp_path / "r" / "confirm.yaml").write_text(content)
     with pytest.raises(OutputError, match=r"confirm\.yaml"):
-        confirm.read_work(study, study_dir)
+        confirm_runs.read_work(study, study_dir)
 
 
 class Runner:
     """Plays the search's adaptor: takes assignments and leaves rows."""
 
     def __init__(self, study: StudyConfig, study_dir: str) -> None:
-        work = confirm.read_work(study, study_dir)
+        work = confirm_runs.read_work(study, study_dir)
         assert work.frozen is not None
         assert work.confirm is not None
         self.study, self.study_dir, self.frozen = study, study_dir, work.frozen
@@ -254,7 +256,7 @@ class Runner:
 def test_runs_come_seed_by_seed_and_carry_the_plan(confirmed: dict[str, Any], tmp_path: Path) -> None:
     study, study_dir = make(confirmed), str(tmp_path / "r")
     searched(study, study_dir)
-    confirm.settle(study, study_dir)
+    confirm_runs.settle(study, study_dir)
     runner = Runner(study, study_dir)
     first = [runner.begin() for _ in range(4)]
     assert [(one.trial, one.arm, one.values["seed"]) for one in first] == [
@@ -276,7 +278,7 @@ def test_runs_come_seed_by_seed_and_carry_the_plan(confirmed: dict[str, Any], tm
 def test_a_killed_phase_goes_on_where_it_was(confirmed: dict[str, Any], tmp_path: Path) -> None:
     study, study_dir = make(confirmed), str(tmp_path / "r")
     searched(study, study_dir)
-    confirm.settle(study, study_dir)
+    confirm_runs.settle(study, study_dir)
     runner = Runner(study, study_dir)
     one, two, three = (runner.begin() for _ in range(3))
     runner.end(two)
@@ -291,7 +293,7 @@ def test_too_many_failures_stop_the_phase_with_the_first(confirmed: dict[str, An
     confirmed["failures"] = {"max_failed_trials": 1}
     study, study_dir = make(confirmed), str(tmp_path / "r")
     searched(study, study_dir)
-    confirm.settle(study, study_dir)
+    confirm_runs.settle(study, study_dir)
     runner = Runner(study, study_dir)
     for _ in range(2):
         runner.end(runner.begin(), status="failed", test_loss=None, error_message="disk\nfull")
@@ -299,7 +301,7 @@ def test_too_many_failures_stop_the_phase_with_the_first(confirmed: dict[str, An
     assert runner.dispatcher.over is not None
     assert "2 confirm runs failed" in runner.dispatcher.over
     assert "trial 5: disk full" in runner.dispatcher.over
-    retried = confirm.read_work(study, study_dir, retry_failed=True)
+    retried = confirm_runs.read_work(study, study_dir, retry_failed=True)
     assert retried.confirm is not None
     assert [row["trial"] for row in retried.confirm.resumed] == [5, 6]
 
@@ -332,7 +334,7 @@ def test_the_spread_of_an_earlier_study(confirmed: dict[str, Any], tmp_path: Pat
     confirmed["confirm"]["spread_from"] = study_dir
     with pytest.raises(OutputError, match=r"spread_from names .* has no confirm phase"):
         confirm.known_spread(make(confirmed))
-    confirm.settle(study, study_dir)
+    confirm_runs.settle(study, study_dir)
     runner = Runner(study, study_dir)
     for index in range(4):
         assignment = runner.begin()

@@ -19,7 +19,7 @@ from raydisp import data, results, train
 from raydisp.config import StudyConfig, replace_fields
 from raydisp.endings import describe_failure
 from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
-from raydisp.frozen_plan import SAME_WITHIN_A_PAIR
+from raydisp.pairs import SAME_WITHIN_A_PAIR
 from raydisp.worker import Assignment, in_the_words_of, run_attempt, run_trial
 
 
