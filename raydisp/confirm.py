@@ -89,7 +89,7 @@ def freeze(study: StudyConfig, trials: pa.Table) -> Frozen:
     chosen: dict[str, FrozenArm] = {}
     for arm in sorted(arms.all, key=lambda arm: not arm.is_baseline):
         chosen |= _choose(study, arm, rows)
-    used = {row["seed"] for row in rows} | {study.seed}
+    used = {row["seed"] for row in rows} | {study.seed} | _seeds_seen_before(study)
     m = len(chosen) - 1
     seeds = _fresh_seeds(study.seed, used, num_seeds(study, m))
     spread = known_spread(study)
@@ -115,6 +115,7 @@ def freeze(study: StudyConfig, trials: pa.Table) -> Frozen:
         if spread is None
         else dataclasses.asdict(paired.promise(spread, len(seeds), m, settings.smallest_effect)),
         num_search_trials=study.search.num_trials,
+        top_k=settings.top_k,
         first_trial=arms.num_trials,
         keep_models=settings.keep_models,
         data_sha256=next((row["data_sha256"] for row in rows if row["data_sha256"] is not None), None),
@@ -169,6 +170,15 @@ def _choose(study: StudyConfig, arm: Arm, rows: Sequence[Row]) -> dict[str, Froz
             description=describe_trial(row, list(searched)),
         )
     return chosen
+
+
+def _seeds_seen_before(study: StudyConfig) -> set[int]:
+    """Seeds of the studies that this one knows, their confirm phases included: what was picked or changed
+    with their results in view is tested on others."""
+    seen: set[int] = set()
+    for origin in study.search.warm_start:
+        seen |= set(results.read_table(origin, "trials")["seed"].to_pylist())
+    return seen
 
 
 def _fresh_seeds(seed: int, used: set[int], number: int) -> list[int]:
@@ -249,8 +259,8 @@ def refuse_changes(study: StudyConfig, frozen: Frozen, study_dir: str) -> None:
         changed.append(("confirm.smallest_effect", frozen.smallest_effect, settings.smallest_effect))
     if settings.num_seeds is not None and settings.num_seeds != len(frozen.seeds):
         changed.append(("confirm.num_seeds", len(frozen.seeds), settings.num_seeds))
-    if num_arms(study) < len(frozen.arms) - 1:
-        changed.append(("confirm.top_k", len(frozen.arms) - 1, num_arms(study)))
+    if settings.top_k != frozen.top_k:
+        changed.append(("confirm.top_k", frozen.top_k, settings.top_k))
     if changed:
         told = "; ".join(f"{name} ({was} -> {now})" for name, was, now in changed)
         raise OutputError(f"{place} was settled before its runs, and this differs from it: {told}; {rest}")

@@ -13,7 +13,7 @@ from raydisp import results
 from raydisp.agenda import Agenda, Row, make_agenda, read_agenda
 from raydisp.config import StudyConfig
 from raydisp.confirm import freeze, num_arms, num_seeds, refuse_changes
-from raydisp.frozen_plan import Frozen, read_frozen, write_frozen
+from raydisp.frozen_plan import Frozen, frozen_of_rows, read_frozen, write_frozen
 
 if TYPE_CHECKING:
     from raydisp.dispatch import Launch
@@ -50,7 +50,11 @@ def read_work(study: StudyConfig, study_dir: str, *, retry_failed: bool = False)
     search = read_agenda(study, study_dir, retry_failed=retry_failed)
     frozen = read_frozen(study_dir)
     if frozen is None:
-        return Work(search)
+        # The rows are the truth: a file that was lost is written again as it was.
+        frozen = frozen_of_rows(results.read_table(study_dir, "trials", strict=True))
+        if frozen is None:
+            return Work(search)
+        write_frozen(study_dir, frozen)
     refuse_changes(study, frozen, study_dir)
     over = dataclasses.replace(search, resumed=[], fixed=[], new=[])
     return Work(over, frozen, read_confirm_agenda(frozen, study_dir, retry_failed=retry_failed))

@@ -113,6 +113,7 @@ class Frozen(Plan):
     """What the runs can be expected to show, given the spread."""
     num_search_trials: int
     """`search.num_trials`, when the search was over."""
+    top_k: int
     first_trial: int
     keep_models: Literal["first_seed", "all", "none"]
     data_sha256: str | None
@@ -220,6 +221,22 @@ def write_frozen(study_dir: str, frozen: Frozen) -> None:
         "# new study (--fork NAME).\n"
     )
     storage.write_bytes(storage.join(study_dir, FILE), (head + text).encode())
+
+
+def frozen_of_rows(trials: pa.Table) -> Frozen | None:
+    """The plan that the rows of a confirm phase carry; None: there are no such rows.
+
+    Raises:
+        VerdictError: they carry none, several, or not one of ours.
+    """
+    if confirm_rows(trials).num_rows == 0:
+        return None
+    read_plan(trials)
+    tree = json.loads(confirm_rows(trials)["confirm_json"][0].as_py())
+    try:
+        return Frozen.model_validate(tree)
+    except ValidationError as error:
+        raise VerdictError(f"confirm_json: {explain(error, tree)}") from None
 
 
 def read_frozen(study_dir: str) -> Frozen | None:

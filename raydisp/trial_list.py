@@ -13,6 +13,7 @@ Row = Mapping[str, Any]
 
 LEADING = ("trial", "arm", "status", "attempt")
 TRAILING = (
+    "test_loss",
     "val_loss",
     "num_tokens",
     "val_bits_per_byte",
@@ -92,7 +93,8 @@ class ColumnError(RaydispError):
 def default_columns(searched: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """What is shown of trials unless columns are chosen; measures that no trial has are left out."""
     measured = [name for name in TRAILING if any(row.get(name) is not None for row in rows)]
-    return [*LEADING, *searched, *measured]
+    seeds = ["seed"] if len({row.get("seed") for row in rows}) > 1 else []  # of a confirm phase
+    return [*LEADING, *seeds, *searched, *measured]
 
 
 def with_settings(rows: Sequence[Row], columns: Iterable[str], known: Sequence[str]) -> list[dict[str, Any]]:

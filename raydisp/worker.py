@@ -134,7 +134,8 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
             trial = replace_fields(trial, {"train.micro_batch_tokens": smaller})
             row["note"] = f"micro-batches of {smaller} tokens, because an attempt with more ran out of memory"
         outcome = _place(assignment, study, trial, started, report)
-        used = outcome.pop("used")
+        used, note = outcome.pop("used"), outcome.pop("note", None)
+        row["note"] = "; ".join(text for text in (row.get("note"), note) if text) or None
         for name, column in searched.items():
             if row[name] is not None:  # null: a field that is not searched here
                 row[name] = space.column_value(in_the_words_of(trial, name, used), column)
@@ -404,6 +405,7 @@ def train_share(
         _identities(model, data.TokenBlocks(folder, "train"), trial) if confirms and layout.is_main else {}
     )
     first_step_at: list[float] = []
+    notes: list[str] = []
     result = train(
         model,
         data.TokenBlocks(folder, "train"),
@@ -418,7 +420,7 @@ def train_share(
         must_stop=_must_stop(assignment) if layout.is_main else None,
         interruption=interruption,
         test_blocks=data.TokenBlocks(folder, "test") if confirms else None,
-        on_end=_keep_model(assignment, trial, folder, layout) if assignment.keep_model else None,
+        on_end=_keep_model(assignment, trial, folder, layout, notes) if assignment.keep_model else None,
     )
     return {
         "status": "completed" if result.final is not None else "pruned",
@@ -442,6 +444,7 @@ def train_share(
         "data_sha256": meta["data_sha256"],
         "model_revision": revision,
         "used": result.used,
+        "note": "; ".join(notes) or None,
     }
 
 
@@ -460,25 +463,30 @@ def _identities(model: Any, train_blocks: Any, trial: TrialConfig) -> dict[str, 
 
 
 def _keep_model(
-    assignment: Assignment, trial: TrialConfig, prepared: str, layout: Layout
+    assignment: Assignment, trial: TrialConfig, prepared: str, layout: Layout, notes: list[str]
 ) -> Callable[[Any], None]:
+    """Args: notes: gets why the weights could not be kept, which takes nothing from what was measured."""
     from raydisp import kept_models
 
     def keep(model: Any) -> None:
         _refuse_if_taken_over(assignment)
-        kept_models.keep(
-            model,
-            kept_models.place_of(assignment.study_dir, assignment.trial),
-            os.path.join(prepared, "tokenizer"),
-            is_main=layout.is_main,
-            about={
-                "study": StudyConfig.model_validate(assignment.study).name,
-                "trial": assignment.trial,
-                "arm": assignment.arm,
-                "seed": trial.seed,
-                "config_sha256": trial.sha256,
-            },
-        )
+        try:
+            kept_models.keep(
+                model,
+                kept_models.place_of(assignment.study_dir, assignment.trial),
+                os.path.join(prepared, "tokenizer"),
+                is_main=layout.is_main,
+                about={
+                    "study": assignment.study["name"],
+                    "trial": assignment.trial,
+                    "arm": assignment.arm,
+                    "seed": trial.seed,
+                    "config_sha256": trial.sha256,
+                },
+            )
+        except (OutputError, OSError) as problem:
+            logger.warning("%s: its weights are not kept: %s", assignment.name, problem)
+            notes.append(f"its weights were not kept: {problem}")
 
     return keep
 

@@ -200,10 +200,11 @@ def test_the_plan_is_written_before_and_read_as_it_was(confirmed: dict[str, Any]
     [
         (lambda tree: tree["confirm"].update(smallest_effect=0.02), "confirm.smallest_effect (0.01 -> 0.02)"),
         (lambda tree: tree["confirm"].update(num_seeds=9), "confirm.num_seeds (6 -> 9)"),
+        (lambda tree: tree["confirm"].update(top_k=2), "confirm.top_k (1 -> 2)"),
         (lambda tree: tree["search"].update(num_trials=6), "search.num_trials (4 -> 6)"),
         (lambda tree: tree.pop("confirm"), "has no confirm section any more"),
     ],
-    ids=["another effect", "more seeds", "a longer search", "no section"],
+    ids=["another effect", "more seeds", "more arms", "a longer search", "no section"],
 )
 def test_a_settled_plan_does_not_change(
     confirmed: dict[str, Any], tmp_path: Path, change: Any, told: str
@@ -287,6 +288,34 @@ def test_a_killed_phase_goes_on_where_it_was(confirmed: dict[str, Any], tmp_path
     assert [(run.trial, run.attempt) for run in taken[:3]] == [(one.trial, 2), (three.trial, 2), (8, 1)]
     assert sorted(run.trial for run in taken) == [5, *range(7, 17)]
     assert again.dispatcher.next() is None
+
+
+def test_a_lost_plan_is_restored_from_the_rows(confirmed: dict[str, Any], tmp_path: Path) -> None:
+    """Not settled anew, which another smallest effect might slip through."""
+    study, study_dir = make(confirmed), str(tmp_path / "r")
+    searched(study, study_dir)
+    confirm_runs.settle(study, study_dir)
+    plan = (tmp_path / "r" / "confirm.yaml").read_bytes()
+    Runner(study, study_dir).begin()
+    (tmp_path / "r" / "confirm.yaml").unlink()
+    confirmed["confirm"]["smallest_effect"] = 1.0
+    with pytest.raises(OutputError, match=r"confirm\.smallest_effect \(0\.01 -> 1\.0\)"):
+        confirm_runs.read_work(make(confirmed), study_dir)
+    assert confirm_runs.read_work(study, study_dir).frozen is not None
+    assert (tmp_path / "r" / "confirm.yaml").read_bytes() == plan
+
+
+def test_a_fork_is_tested_on_seeds_that_nobody_has_seen(confirmed: dict[str, Any], tmp_path: Path) -> None:
+    study, old = make(confirmed), str(tmp_path / "old")
+    searched(study, old)
+    confirm_runs.settle(study, old)
+    runner = Runner(study, old)
+    for _ in range(12):
+        runner.end(runner.begin())
+    confirmed["search"]["warm_start"] = [old]
+    fork, study_dir = make(confirmed), str(tmp_path / "r")
+    searched(fork, study_dir)
+    assert freeze(fork, study_dir).seeds == [10, 11, 12, 13, 14, 15], "4 to 9 were the old study's"
 
 
 def test_too_many_failures_stop_the_phase_with_the_first(confirmed: dict[str, Any], tmp_path: Path) -> None:

@@ -91,6 +91,18 @@ def test_a_confirm_run_is_paired_tested_and_kept(
     assert kept == ["trial-00007", "trial-00008"]
 
 
+def test_weights_that_cannot_be_kept_take_nothing_from_the_run(
+    tree: dict[str, Any], tmp_path: Path, cache_dir: str
+) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "models").write_text("a file in the way")
+    run = assign(tree, tmp_path, cache_dir, phase="confirm", arm="x", confirm_json="{}", keep_model=True)
+    row = run_attempt(run, lambda metrics: None)
+    assert row["status"] == "completed"
+    assert row["test_loss"] > 0
+    assert row["note"].startswith("its weights were not kept: ")
+
+
 def test_a_trial_that_ends_well(tree: dict[str, Any], tmp_path: Path, cache_dir: str) -> None:
     reports: list[dict[str, Any]] = []
     values = {"dispersion.weight": 0.7, "dispersion.layers": [1]}
