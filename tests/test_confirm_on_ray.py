@@ -201,7 +201,7 @@ def test_an_exported_model_is_the_one_that_was_measured(confirmed: Confirmed, tm
     (row,) = [
         row for row in confirmed.rows if (row["arm"], row["seed"]) == ("dispersion", frozen["seeds"][0])
     ]
-    assert loss_over_the_test_split(model, confirmed, row) == pytest.approx(row["test_loss"], rel=1e-5)
+    assert loss_over_the_test_split(model, confirmed.tree, row) == pytest.approx(row["test_loss"], rel=1e-5)
     assert tokenizer("the cat sat").input_ids
     card = (tmp_path / "exported" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
@@ -214,12 +214,12 @@ def test_an_exported_model_is_the_one_that_was_measured(confirmed: Confirmed, tm
     assert "is there already" in again.stderr
 
 
-def loss_over_the_test_split(model: Any, confirmed: Confirmed, row: dict[str, Any]) -> float:
+def loss_over_the_test_split(model: Any, tree: dict[str, Any], row: dict[str, Any]) -> float:
     """The loss over the test split by a plain loop."""
     from raydisp import data
 
     trial = TrialConfig.model_validate(json.loads(row["config_json"]))
-    prepared = data.find_prepared(trial, data.cache_folder(confirmed.tree["output"]))
+    prepared = data.find_prepared(trial, data.cache_folder(tree["output"]))
     assert prepared is not None
     blocks = data.TokenBlocks(prepared, "test")
     ids = blocks[list(range(len(blocks)))]
@@ -314,6 +314,33 @@ def test_the_driver_is_killed_in_the_confirm_phase(tree: dict[str, Any], tmp_pat
         for column in SAME:
             assert latest[seed[0]][column] == latest[seed[1]][column] is not None
     assert "n = 2 pairs" in done.stdout
+
+
+def test_two_workers_with_shards_confirm_and_keep_alike(
+    tree: dict[str, Any], tmp_path: Path, address: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tree["train"] |= {"strategy": "fsdp", "learning_rate": 0.002}
+    tree["search"] = {"num_trials": 1, "space": {"dispersion.weight": [0.3]}, "sampler": "random"}
+    tree["confirm"] = {"num_seeds": 2, "smallest_effect": 0.05}
+    tree["resources"] = {"num_workers": 2}
+    path = write(tree, tmp_path / "out")
+    done = run_command(path, "--address", address)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in attempts_of(tree) if row["phase"] == "confirm"]
+    assert [(row["status"], row["world_size"], row["strategy"]) for row in rows] == [
+        ("completed", 2, "fsdp")
+    ] * 4
+    for first, second in ((rows[0], rows[1]), (rows[2], rows[3])):
+        for column in SAME:
+            assert first[column] == second[column] is not None
+    folder = tmp_path / "out" / "tiny"
+    told = command("export", folder, "--arm", "dispersion", "--to", tmp_path / "exported")
+    assert told.returncode == 0, told.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    loss = loss_over_the_test_split(model, tree, rows[1])
+    assert loss == pytest.approx(rows[1]["test_loss"], rel=1e-5)
 
 
 def test_data_that_changed_between_search_and_confirm_are_refused(
