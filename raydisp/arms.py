@@ -71,9 +71,6 @@ class Arms:
         """Raises: KeyError: there is no arm of this name."""
         return self._by_name[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._by_name
-
     @property
     def fixed_trials(self) -> range:
         """Numbers of the trials of arms that are not searched."""

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +23,7 @@ from raydisp.arms import SEARCH, Arm, Arms
 from raydisp.config import ScratchModel, StudyConfig
 from raydisp.confirm_config import BASELINE
 from raydisp.errors import OutputError, RaydispError, VerdictError
-from raydisp.frozen_plan import FILE, PLAN_VERSION, Frozen, FrozenArm
+from raydisp.frozen_plan import FILE, PLAN_VERSION, Frozen, FrozenArm, is_of_a_method
 from raydisp.section import MAX_SEED
 from raydisp.stopping import full_tokens
 
@@ -87,8 +88,18 @@ def freeze(study: StudyConfig, trials: pa.Table) -> Frozen:
     _refuse_broken(study, rows)
     arms = Arms(study)
     chosen: dict[str, FrozenArm] = {}
+    left_out: dict[str, str] = {}
     for arm in sorted(arms.all, key=lambda arm: not arm.is_baseline):
-        chosen |= _choose(study, arm, rows)
+        found = _choose(study, arm, rows)
+        if isinstance(found, dict):
+            chosen |= found
+        else:
+            left_out[arm.name] = found
+    if BASELINE in left_out or len(chosen) < 2:
+        why = "; ".join(dict.fromkeys(left_out.values()))
+        raise NothingToConfirmError(
+            f"{why}; see the trials' errors, then raise search.num_trials or use --retry-failed"
+        )
     used = {row["seed"] for row in rows} | {study.seed} | _seeds_seen_before(study)
     m = len(chosen) - 1
     seeds = _fresh_seeds(study.seed, used, num_seeds(study, m))
@@ -115,9 +126,10 @@ def freeze(study: StudyConfig, trials: pa.Table) -> Frozen:
         if spread is None
         else dataclasses.asdict(paired.promise(spread, len(seeds), m, settings.smallest_effect)),
         num_search_trials=study.search.num_trials,
-        top_k=settings.top_k,
-        first_trial=arms.num_trials,
-        keep_models=settings.keep_models,
+        confirm=settings,
+        # Beyond all that there are: a search may have been longer once.
+        first_trial=max([arms.num_trials, *(row["trial"] + 1 for row in rows)]),
+        left_out=left_out,
         data_sha256=next((row["data_sha256"] for row in rows if row["data_sha256"] is not None), None),
     )
 
@@ -132,9 +144,15 @@ def _refuse_broken(study: StudyConfig, rows: Sequence[Row]) -> None:
         )
 
 
-def _choose(study: StudyConfig, arm: Arm, rows: Sequence[Row]) -> dict[str, FrozenArm]:
-    """Confirm arm -> configuration: the best of a searched arm, or what an arm that is not searched says."""
-    name = IMPLICIT_ARM if arm.name == SEARCH and study.arms is None else arm.name
+def _choose(study: StudyConfig, arm: Arm, rows: Sequence[Row]) -> dict[str, FrozenArm] | str:
+    """Confirm arm -> configuration: the best of a searched arm, or what an arm that is not searched says.
+
+    Returns:
+        Or why there is none.
+    """
+    name = arm.name
+    if study.arms is None and arm.name == SEARCH and arm.may_disperse:
+        name = IMPLICIT_ARM
     if not arm.searched:
         told = ", ".join(f"{field} {value}" for field, value in arm.fixed.items())
         return {name: FrozenArm(arm=arm.name, from_trial=None, values=arm.fixed, description=told)}
@@ -155,10 +173,10 @@ def _choose(study: StudyConfig, arm: Arm, rows: Sequence[Row]) -> dict[str, Froz
     if not best:
         counts = collections.Counter(row["status"] for row in ours)
         told = ", ".join(f"{number} {status}" for status, number in counts.items()) or "none has ended"
-        raise NothingToConfirmError(
+        return (
             f"no trial of {'the search' if arm.name == SEARCH else f'arm {arm.name}'} completed its {full:,} "
             f"tokens with a {objective.metric}{' and a weight other than 0' if arm.may_disperse else ''} "
-            f"({told}); see the trials' errors, then raise search.num_trials or use --retry-failed"
+            f"({told})"
         )
     chosen = {}
     for index, (_, row) in enumerate(best, start=1):
@@ -231,12 +249,15 @@ def warnings(study: StudyConfig) -> list[str]:
             f"{m} arm{'s' if m > 1 else ''}: its smallest p-value is {min(1.0, 2 * m / 2**n):.3g}; {needed} "
             "seeds could"
         )
-    if study.arms is None:
-        shared = [name for name in study.search.space if not name.startswith("dispersion.")]
-        if shared:
+    arms = Arms(study).all
+    tuned = {name for arm in arms if arm.is_baseline for name in arm.study.search.space}
+    for arm in arms:
+        unfair = [name for name in arm.study.search.space if not is_of_a_method(name) and name not in tuned]
+        if unfair:
+            who = "dispersion" if arm.name == SEARCH else arm.name
             found.append(
-                f"{' and '.join(shared)} is tuned for dispersion and not for the baseline, which is unfair "
-                "to the baseline; name the arms (arms:), and each is tuned alike"
+                f"{' and '.join(unfair)} is tuned for {who} and not for the baseline, which is unfair to the "
+                "baseline; name the arms (arms:) with what all of them tune in search.space"
             )
     return found
 
@@ -252,15 +273,13 @@ def refuse_changes(study: StudyConfig, frozen: Frozen, study_dir: str) -> None:
     settings = study.confirm
     if settings is None:
         raise OutputError(f"{place} was settled, and the study file has no confirm section any more; {rest}")
-    changed: list[tuple[str, float, float]] = []
+    changed: list[tuple[str, Any, Any]] = []
     if study.search.num_trials != frozen.num_search_trials:
         changed.append(("search.num_trials", frozen.num_search_trials, study.search.num_trials))
-    if settings.smallest_effect != frozen.smallest_effect:
-        changed.append(("confirm.smallest_effect", frozen.smallest_effect, settings.smallest_effect))
-    if settings.num_seeds is not None and settings.num_seeds != len(frozen.seeds):
-        changed.append(("confirm.num_seeds", len(frozen.seeds), settings.num_seeds))
-    if settings.top_k != frozen.top_k:
-        changed.append(("confirm.top_k", frozen.top_k, settings.top_k))
+    was_settled, now_asked = frozen.confirm.model_dump(), settings.model_dump()
+    for name, was in was_settled.items():
+        if now_asked[name] != was:
+            changed.append((f"confirm.{name}", was, now_asked[name]))
     if changed:
-        told = "; ".join(f"{name} ({was} -> {now})" for name, was, now in changed)
+        told = "; ".join(f"{name} ({json.dumps(was)} -> {json.dumps(now)})" for name, was, now in changed)
         raise OutputError(f"{place} was settled before its runs, and this differs from it: {told}; {rest}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from raydisp.search_config import Choice, Choices, Range
 from raydisp.section import Int, Section
@@ -12,7 +13,11 @@ from raydisp.section import Int, Section
 BASELINE = "baseline"
 """Name of the arm that the others are compared with."""
 
-ARM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_]*$"
+BEST = "best"
+"""What the export calls the winner: no arm has this name."""
+
+ARM_NAME = r"[A-Za-z0-9][A-Za-z0-9_]*"
+MAX_ARMS = 20
 
 
 def _value_tag(value: Any) -> str:
@@ -22,22 +27,48 @@ def _value_tag(value: Any) -> str:
     return "Range" if isinstance(value, dict | Range) else "Value"
 
 
+def _fixed(value: Any) -> Any:
+    whole_numbers = isinstance(value, list) and all(type(item) is int for item in value)
+    if isinstance(value, list) and not whole_numbers:
+        raise ValueError(
+            "is a list; an arm sets one value, or searches several as a mapping, {choices: [...]}"
+        )
+    return value
+
+
 ArmValue = Annotated[
-    Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")] | Annotated[Choice, Tag("Value")],
+    Annotated[Range, Tag("Range")]
+    | Annotated[Choices, Tag("Choices")]
+    | Annotated[Choice, BeforeValidator(_fixed), Tag("Value")],
     Discriminator(_value_tag),
 ]
 """What an arm says of a field: its value, or, as a mapping, what is searched."""
 
-ArmName = Annotated[
-    str,
-    Field(pattern=ARM_NAME, max_length=40, description="letters, digits and '_'"),
-]
+
+def _several(value: Any) -> Any:
+    if isinstance(value, dict) and not 2 <= len(value) <= MAX_ARMS:
+        names = ", ".join(map(str, value)) or "none"
+        raise ValueError(
+            f"there is {len(value)} ({names}); a study compares {BASELINE} with 1 to {MAX_ARMS - 1} others, or "
+            "leaves arms out"
+        )
+    for name in value if isinstance(value, dict) else ():
+        if not re.fullmatch(ARM_NAME, str(name)):
+            raise ValueError(
+                f'there is one called "{name}"; a name is made of letters, digits and "_", and begins with a letter '
+                "or digit"
+            )
+        if name == BEST:
+            raise ValueError(
+                f'there is one called "{BEST}", which means the winner to the export; choose another'
+            )
+    return value
+
 
 ArmsConfig = Annotated[
-    dict[ArmName, dict[str, ArmValue]],
+    dict[Annotated[str, Field(max_length=40)], dict[str, ArmValue]],
+    BeforeValidator(_several),
     Field(
-        min_length=2,
-        max_length=20,
         description="what is compared: name -> fields of a trial by dotted name, each with a value, or with "
         "what is searched ({low: ..., high: ...} or {choices: [...]}); one is called baseline. The fields of "
         "search.space are searched in all of them",

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
-from raydisp import results
+from raydisp import results, storage
 from raydisp.agenda import Agenda, Row, make_agenda, read_agenda
 from raydisp.config import StudyConfig
-from raydisp.confirm import freeze, num_arms, num_seeds, refuse_changes
-from raydisp.frozen_plan import Frozen, frozen_of_rows, read_frozen, write_frozen
+from raydisp.confirm import NothingToConfirmError, freeze, num_arms, num_seeds, refuse_changes
+from raydisp.errors import OutputError
+from raydisp.frozen_plan import FILE, Frozen, frozen_of_rows, read_frozen, write_frozen
+from raydisp.trial_list import number_ranges
 
 if TYPE_CHECKING:
     from raydisp.dispatch import Launch
@@ -47,21 +49,33 @@ def read_work(study: StudyConfig, study_dir: str, *, retry_failed: bool = False)
     Raises:
         OutputError: rows are there that cannot be read, or the file asks for another plan than the frozen.
     """
-    search = read_agenda(study, study_dir, retry_failed=retry_failed)
     frozen = read_frozen(study_dir)
+    # The rows are the truth: a file that was lost is written again as it was.
+    of_rows = frozen_of_rows(results.read_table(study_dir, "trials", strict=True))
+    if frozen is None and of_rows is None:
+        return Work(read_agenda(study, study_dir, retry_failed=retry_failed))
+    if frozen is not None and of_rows is not None and frozen != of_rows:
+        place = storage.join(study_dir, FILE)
+        raise OutputError(
+            f"{place} is not the plan that its runs carry; it does not change any more: remove the file, and "
+            "it is made anew from them"
+        )
     if frozen is None:
-        # The rows are the truth: a file that was lost is written again as it was.
-        frozen = frozen_of_rows(results.read_table(study_dir, "trials", strict=True))
-        if frozen is None:
-            return Work(search)
+        assert of_rows is not None
+        frozen = of_rows
         write_frozen(study_dir, frozen)
     refuse_changes(study, frozen, study_dir)
-    over = dataclasses.replace(search, resumed=[], fixed=[], new=[])
+    over = dataclasses.replace(read_agenda(study, study_dir), resumed=[], fixed=[], new=[])
     return Work(over, frozen, read_confirm_agenda(frozen, study_dir, retry_failed=retry_failed))
 
 
 def settle(study: StudyConfig, study_dir: str) -> Work:
-    """Freeze the plan, now that the search is over. Raises as `freeze`."""
+    """Freeze the plan, now that the search is over and its runs can start. Raises as `freeze`."""
+    unended = [row["trial"] for row in read_agenda(study, study_dir).resumed]
+    if unended:
+        raise NothingToConfirmError(
+            f"trial {number_ranges(unended)} of the search has not ended; the same command goes on with it"
+        )
     frozen = freeze(study, results.latest_attempts(results.read_table(study_dir, "trials", strict=True)))
     write_frozen(study_dir, frozen)
     return read_work(study, study_dir)

@@ -17,11 +17,10 @@ from typing import Any
 
 import yaml
 
-from raydisp import kept_models, results, storage, verdict
+from raydisp import kept_models, paired, results, storage, verdict
+from raydisp.confirm_config import BEST
 from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError, suggest
 from raydisp.frozen_plan import confirm_rows, read_plan
-
-BEST = "best"
 
 Row = dict[str, Any]
 
@@ -35,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("study_dir", metavar="DIR", help="results folder of a study")
     parser.add_argument(
-        "--arm", default=BEST, help="name of an arm; best (the default): that of the lowest mean test loss"
+        "--arm",
+        default=BEST,
+        help="name of an arm; best (the default): the largest gain among those that help, else the baseline",
     )
     parser.add_argument(
         "--seed", type=int, help="of the run whose weights are taken; the first of the plan by default"
@@ -55,7 +56,7 @@ def export(study_dir: str, to: str, *, arm: str = BEST, seed: int | None = None)
     """Write a kept model, its tokenizer and its card into a new folder, whole or not at all.
 
     Args:
-        arm: its name, or `best`: the arm of the lowest mean test loss over its completed runs.
+        arm: its name, or `best`: as `best_arm` has it.
         seed: None: the first seed of the plan, so that nobody has picked it.
     Returns:
         One sentence: what was written and where.
@@ -70,12 +71,19 @@ def export(study_dir: str, to: str, *, arm: str = BEST, seed: int | None = None)
         raise OutputError(f"{study_dir} holds no trials; give the results folder of a study")
     plan = read_plan(trials)
     rows = confirm_rows(trials).to_pylist()
+    chosen_by = "by its name"
+    if arm == BEST:
+        arm, chosen_by = best_arm(verdict.verdicts(trials).to_pylist(), plan.baseline)
     row = _choose(rows, list(plan.arms), plan.seeds, arm, seed, study_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as problem:
+        raise OutputError(f"{target} cannot be made: {problem.strerror}; choose another place") from None
     try:
         kept_models.fetch(kept_models.place_of(study_dir, row["trial"]), scratch)
-        (scratch / "README.md").write_text(model_card(row, rows, verdict.sentences(trials)), encoding="utf-8")
+        card = model_card(row, rows, verdict.sentences(trials), chosen_by)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()
         scratch.chmod(0o755)
@@ -84,7 +92,23 @@ def export(study_dir: str, to: str, *, arm: str = BEST, seed: int | None = None)
         raise OutputError(f"{target} cannot be written: {problem}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return f"Wrote the model of arm {row['arm']}, seed {row['seed']} (trial {row['trial']}), to {target}"
+    return (
+        f"Wrote the model of arm {row['arm']} (chosen {chosen_by}), seed {row['seed']}, trial "
+        f"{row['trial']}, to {target}"
+    )
+
+
+def best_arm(verdicts: Sequence[Row], baseline: str) -> tuple[str, str]:
+    """The arm that the verdict calls best, and in a few words how it was chosen.
+
+    Of those that help, that with the largest gain; where none helps, the baseline: a lower mean alone is luck
+    until it is shown.
+    """
+    helping = [row for row in verdicts if row["verdict"] == paired.HELPS and not row["num_outstanding"]]
+    if not helping:
+        return baseline, "because no arm was shown to help"
+    best = min(helping, key=lambda row: row["difference"])
+    return best["arm"], "as the largest gain among the arms that help"
 
 
 def _refuse_full(target: Path) -> None:
@@ -98,17 +122,7 @@ def _choose(
     rows: Sequence[Row], arms: Sequence[str], seeds: Sequence[int], arm: str, seed: int | None, study_dir: str
 ) -> Row:
     done = [row for row in rows if row["status"] == "completed" and row["test_loss"] is not None]
-    if arm == BEST:
-        losses = {name: [row["test_loss"] for row in done if row["arm"] == name] for name in arms}
-        most = max((len(values) for values in losses.values()), default=0)
-        # An arm that lacks runs is not compared by the luck of those that it has.
-        means = {
-            name: sum(values) / len(values) for name, values in losses.items() if len(values) == most > 0
-        }
-        if not means:
-            raise OutputError(f"{study_dir}: no confirm run has completed, so there is no best arm yet")
-        arm = min(means, key=means.__getitem__)
-    elif arm not in arms:
+    if arm not in arms:
         raise OutputError(
             f"--arm {arm} is not an arm of {study_dir}; there are {BEST}, {', '.join(arms)}."
             f"{suggest(arm, arms)}"
@@ -126,6 +140,8 @@ def _choose(
         if one in kept:
             return ours[one]
     told = f"kept are those of seeds {', '.join(map(str, kept))}" if kept else "none were kept"
+    if not ours:
+        told = "no run of this arm has completed"
     raise OutputError(
         f"the weights of arm {arm}{'' if seed is None else f', seed {seed}'} are not in {study_dir}: {told}; "
         "confirm.keep_models of a study file says which are (first_seed, all, none)"
@@ -139,13 +155,14 @@ def _place(study_dir: str, row: Row) -> str:
 # --- the card --------------------------------------------------------------------------------------------
 
 
-def model_card(row: Row, rows: Sequence[Row], found: Sequence[str]) -> str:
+def model_card(row: Row, rows: Sequence[Row], found: Sequence[str], chosen_by: str) -> str:
     """The model card of a run, in Markdown with the hub's YAML head.
 
     Args:
         row: of the run whose weights these are.
         rows: of all confirm runs.
         found: the sentences of the verdict.
+        chosen_by: how the arm was chosen.
     """
     config = json.loads(row["config_json"])
     plan = json.loads(row["confirm_json"])
@@ -154,9 +171,10 @@ def model_card(row: Row, rows: Sequence[Row], found: Sequence[str]) -> str:
     head["tags"] = ["raydisp", "dispersion-loss"]
     if model["source"] == "hub":
         head["base_model"] = model["id"]
-    if data["source"] == "hub":
+    if data["source"] == "hub" and not os.path.isdir(os.path.expanduser(data["path"])):
         head["datasets"] = [data["path"]]
-    same = [one for one in rows if one["arm"] == row["arm"] and one["status"] == "completed"]
+    same = [one for one in rows if one["arm"] == row["arm"] and one["test_loss"] is not None]
+    losses = [one["test_loss"] for one in same]
     origin = plan["arms"][row["arm"]].get("from_trial")
     lines = [
         "---",
@@ -165,9 +183,9 @@ def model_card(row: Row, rows: Sequence[Row], found: Sequence[str]) -> str:
         "",
         f"# {_text(row['study'])}: {_text(row['arm'])}, seed {row['seed']}",
         "",
-        f"One of {len(same)} runs of arm `{row['arm']}` of the study `{row['study']}`, by raydisp. Its test "
-        f"loss is {row['test_loss']:.4f} nats per token; the arm's runs have "
-        f"{min(one['test_loss'] for one in same):.4f} to {max(one['test_loss'] for one in same):.4f}.",
+        f"One of {len(same)} runs of arm `{row['arm']}` of the study `{row['study']}`, by raydisp; "
+        f"the arm was chosen {chosen_by}. The test loss of this run is {row['test_loss']:.4f} nats per "
+        f"token; the arm's runs have {min(losses):.4f} to {max(losses):.4f}.",
         "",
         "## Verdict",
         "",

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raydisp import storage
+from raydisp.confirm_config import ConfirmConfig
 from raydisp.errors import OutputError, VerdictError
 from raydisp.results import TRIAL_COLUMNS, latest_attempts
 from raydisp.section import Section
@@ -31,6 +32,15 @@ TEST = (
 )
 
 
+METHODS = ("dispersion", "noisy_embedding", "active_forgetting")
+"""Sections of a trial that are what is compared; all else should be the same, or tuned alike."""
+
+
+def is_of_a_method(name: str) -> bool:
+    """Whether a field, by its dotted name, belongs to a method that is compared."""
+    return name.split(".")[0] in METHODS
+
+
 class PlannedArm(Section):
     """One configuration that is run on every seed."""
 
@@ -39,6 +49,8 @@ class PlannedArm(Section):
     from_trial: int | None = None
     """Of the search; None: it was not searched."""
     description: str = ""
+    values: dict[str, Any] = Field(default_factory=dict)
+    """Fields that differ from the study file."""
 
 
 class Plan(Section):
@@ -59,6 +71,8 @@ class Plan(Section):
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
     pretrained: bool
     """The model was not trained from scratch: its initial weights do not depend on the seed."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Arms of the search that are not confirmed -> why."""
 
     @field_validator("primary_outcome")
     @classmethod
@@ -93,8 +107,6 @@ class FrozenArm(PlannedArm):
 
     arm: str
     """That it had in the search."""
-    values: dict[str, Any]
-    """Fields that differ from the study file."""
 
 
 class Frozen(Plan):
@@ -113,9 +125,9 @@ class Frozen(Plan):
     """What the runs can be expected to show, given the spread."""
     num_search_trials: int
     """`search.num_trials`, when the search was over."""
-    top_k: int
+    confirm: ConfirmConfig
+    """The section of the study file."""
     first_trial: int
-    keep_models: Literal["first_seed", "all", "none"]
     data_sha256: str | None
     """Of the data of the search."""
 
@@ -142,7 +154,9 @@ class Frozen(Plan):
 
     def keeps_model(self, seed: int) -> bool:
         """Whether the weights of the runs on a seed are kept."""
-        return self.keep_models == "all" or (self.keep_models == "first_seed" and seed == self.seeds[0])
+        return self.confirm.keep_models == "all" or (
+            self.confirm.keep_models == "first_seed" and seed == self.seeds[0]
+        )
 
     def to_json(self) -> str:
         """As it stands on every row."""
@@ -207,7 +221,7 @@ def parse_plan(text: str) -> Plan:
     try:
         return Plan.model_validate(tree)
     except ValidationError as error:
-        raise VerdictError(f"confirm_json: {explain(error, tree)}") from None
+        raise VerdictError(f"confirm_json: {_explain(error, tree)}") from None
 
 
 # --- in the results folder -------------------------------------------------------------------------------
@@ -236,7 +250,7 @@ def frozen_of_rows(trials: pa.Table) -> Frozen | None:
     try:
         return Frozen.model_validate(tree)
     except ValidationError as error:
-        raise VerdictError(f"confirm_json: {explain(error, tree)}") from None
+        raise VerdictError(f"confirm_json: {_explain(error, tree)}") from None
 
 
 def read_frozen(study_dir: str) -> Frozen | None:
@@ -255,4 +269,11 @@ def read_frozen(study_dir: str) -> Frozen | None:
     try:
         return Frozen.model_validate(tree)
     except ValidationError as error:
-        raise OutputError(f"{place}: {explain(error, tree)}; it is not to be changed: restore it") from None
+        raise OutputError(f"{place}: {_explain(error, tree)}; it is not to be changed: restore it") from None
+
+
+def _explain(error: ValidationError, tree: Any) -> str:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "extra_forbidden":
+        return f"{'.'.join(map(str, first['loc']))} is no part of a plan"
+    return explain(error, tree) if isinstance(tree, dict) else "it is not a mapping of keys to values"

@@ -52,7 +52,7 @@ def keep(model: nn.Module, place: str, tokenizer: str, *, is_main: bool, about: 
     with tempfile.TemporaryDirectory(prefix="raydisp-") as scratch:
         plain.save_pretrained(scratch, state_dict=weights)
         for file in Path(tokenizer).iterdir():
-            if not (Path(scratch) / file.name).exists():
+            if file.is_file() and not (Path(scratch) / file.name).exists():
                 shutil.copy(file, scratch)
         files = {}
         for file in sorted(Path(scratch).rglob("*")):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import raydisp
 from raydisp.agenda import Agenda
+from raydisp.arms import dimensions
 from raydisp.capacity import Offer
 from raydisp.cluster import plan_resources, read_offer
 from raydisp.config import StudyConfig, TrialConfig
@@ -79,7 +80,8 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
     Raises:
         OutputError: earlier rows of the study name other data or another model.
     """
-    if any(name.split(".")[0] in ("data", "model") for name in launch.study.search.space):
+    fixed = [name for fields in (launch.study.arms or {}).values() for name in fields]
+    if any(name.split(".")[0] in ("data", "model") for name in [*dimensions(launch.study), *fixed]):
         return  # such a study compares data or models
     found = {
         "data_sha256": launch.data_sha256,

@@ -234,7 +234,7 @@ def judge(
 
     - helps, hurts: the Holm-adjusted p-value of the t test is at most alpha; the sign of the mean says which.
     - no_effect_that_matters: otherwise, and the 90 % interval lies wholly inside +-smallest_effect. This is
-      each arm's own 5 % risk: it is not adjusted over the arms.
+      each arm's own 5 % risk: it is not adjusted over the arms. Nor has it an arm that may not help.
     - inconclusive: otherwise. Neither an effect nor its absence has been shown.
 
     Args:
@@ -262,7 +262,7 @@ def judge(
     allowed = np.broadcast_to(np.asarray(True if may_help is None else may_help), shown.shape)
     lower = shown & (summary.mean < 0)
     verdict = np.select(
-        [lower & allowed, lower, shown, inside],
+        [lower & allowed, lower, shown, inside & allowed],
         [HELPS, INCONCLUSIVE, HURTS, NO_EFFECT],
         default=INCONCLUSIVE,
     )
@@ -275,7 +275,7 @@ def judge(
         sign_flip_exact=exact,
         tests_disagree=shown != (flip_holm_p <= alpha),
         below_smallest_effect=shown & inside & ~(lower & ~allowed),
-        barred=lower & ~allowed,
+        barred=~allowed & (lower | (inside & ~shown)),
     )
 
 

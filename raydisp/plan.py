@@ -11,7 +11,7 @@ from raydisp.capacity import Offer
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
 from raydisp.config import PathModel, StudyConfig
 from raydisp.confirm import describe as describe_confirm
-from raydisp.confirm import num_arms, num_seeds
+from raydisp.confirm import known_spread, num_arms, num_seeds
 from raydisp.confirm import warnings as confirm_warnings
 from raydisp.confirm_runs import Work, read_work
 from raydisp.corpus import CorpusSummary
@@ -115,7 +115,9 @@ class StudyPlan:
                 f"{search.num_trials} trials: the whole search is random"
             )
         if self.resources:
-            concurrency = concurrency_warning(self.study, self.resources.max_concurrent_trials)
+            arms = len(Arms(self.study).searched) or 1  # they take turns
+            at_a_time = -(-self.resources.max_concurrent_trials // arms)
+            concurrency = concurrency_warning(self.study, at_a_time)
             found += [concurrency] if concurrency else []
         if self.forgets_head:
             found.append(
@@ -186,10 +188,11 @@ class StudyPlan:
             lines.append(f"{name}{f'rungs at {places} of {full:,} tokens' if rungs else 'no rung'}")
         frac = expected_frac(study)
         if frac is not None:
-            saved = (1 - frac) * full * search.num_trials
+            number = search.num_trials * len(Arms(study).searched)
+            saved = (1 - frac) * full * number
             lines.append(
                 f"expected saving: {1 - frac:.0%} of the search's tokens, {_rounded(saved)} of "
-                f"{_rounded(full * search.num_trials)} (in the long run; early trials have few to compete "
+                f"{_rounded(full * number)} (in the long run; early trials have few to compete "
                 "with)"
             )
         return lines
@@ -342,6 +345,8 @@ def make_plan(
     if isinstance(study.model, PathModel):
         load_tokenizer(study.model)
     corpus = check_data(study.trial, cache_folder(study.output))
+    if study.confirm is not None:
+        known_spread(study)  # now, and not when the search is over
     work = read_work(study, study_dir, retry_failed=retry_failed)
     return StudyPlan(
         study,
@@ -368,14 +373,16 @@ def _may_be_tied(study: StudyConfig) -> bool:
 
 def _check_layers(study: StudyConfig, model: ModelSummary) -> None:
     """Layer numbers of a pretrained model, whose depth the study file does not tell."""
-    choices = choices_of(dimensions(study).get("dispersion.layers", [])) or []
-    places = [("dispersion.layers", study.dispersion.layers)]
-    for name, fields in (study.arms or {}).items():
-        chosen: Any = fields.get("dispersion.layers")
-        if chosen is not None and not is_dimension(chosen):
-            places.append((f'arms.{name}["dispersion.layers"]', chosen))
+    name = "dispersion.layers"
+    places = [(name, study.dispersion.layers)]
+    for arm, fields in (study.arms or {}).items():
+        chosen: Any = fields.get(name)
+        if chosen is not None:
+            choices = (choices_of(chosen) or []) if is_dimension(chosen) else [chosen]
+            places += [(f'arms.{arm}["{name}"]', choice) for choice in choices]
     if "model.num_layers" not in dimensions(study):
-        places += [(f'search.space["dispersion.layers"][{i}]', choice) for i, choice in enumerate(choices)]
+        choices = choices_of(study.search.space.get(name, [])) or []
+        places += [(f'search.space["{name}"][{i}]', choice) for i, choice in enumerate(choices)]
     for place, choice in places:
         try:
             resolve_layers(choice, model.num_layers)

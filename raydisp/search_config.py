@@ -263,7 +263,7 @@ class SearchConfig(Section):
     space: Annotated[
         dict[str, Dimension],
         Field(description="dotted field -> what is searched; in every arm, where there are arms"),
-    ]
+    ] = Field(default_factory=dict)
     sampler: Annotated[
         Literal["tpe", "random", "grid", "cma-es", "qmc"],
         Field(

@@ -140,6 +140,14 @@ def _problem_of_several(study: StudyConfig, arms: Arms) -> Problem | None:
     return None
 
 
+def _unpairs(name: str) -> bool:
+    """Whether two trials that differ in a field have other initial weights, data or batches."""
+    part = name.split(".")[0]
+    return (
+        part == "data" or name == "train.global_batch_tokens" or (part == "model" and name != "model.dropout")
+    )
+
+
 def _problem_of_confirm(study: StudyConfig) -> Problem | None:
     confirm = study.confirm
     if confirm is None:
@@ -153,7 +161,23 @@ def _problem_of_confirm(study: StudyConfig) -> Problem | None:
         return ("confirm", "spread_from"), (
             "confirm.spread and confirm.spread_from both say how far seeds differ; keep one of them"
         )
-    searched = [arm for arm in Arms(study).searched if arm.may_disperse]
+    arms = Arms(study)
+    for arm in arms.all:
+        for name in [*arm.study.search.space, *arm.fixed]:
+            if _unpairs(name):
+                place = ("arms", arm.name, name) if name in (study.arms or {}).get(arm.name, {}) else None
+                return place or ("search", "space", name), (
+                    f"{name} varies between trials, and the confirm phase pairs runs that have the same "
+                    "initial weights, data and batches; leave it out, or leave out confirm"
+                )
+    searched = [arm for arm in arms.searched if arm.may_disperse]
+    for arm in searched:
+        for index in range(1, confirm.top_k + 1 if confirm.top_k > 1 else 1):
+            if f"{arm.name}_{index}" in (study.arms or {}):
+                return ("arms", f"{arm.name}_{index}"), (
+                    f"arms.{arm.name}_{index} has the name of a configuration of {arm.name} that is "
+                    f"confirmed (confirm.top_k = {confirm.top_k}); choose another name"
+                )
     if confirm.top_k > study.search.num_trials and searched:
         return ("confirm", "top_k"), (
             f"confirm.top_k = {confirm.top_k} is more than search.num_trials = {study.search.num_trials}; "

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from raydisp import lease, results, storage
 from raydisp.config import StudyConfig
-from raydisp.confirm import NothingToConfirmError
+from raydisp.confirm import NothingToConfirmError, freeze
 from raydisp.confirm_runs import Work, read_work, settle
 from raydisp.errors import (
     EXIT_DONE,
@@ -23,6 +23,7 @@ from raydisp.errors import (
     EXIT_USER_ERROR,
     OutputError,
     RaydispError,
+    VerdictError,
 )
 from raydisp.interrupts import terminate_as_interrupt
 from raydisp.plan import StudyPlan, make_plan
@@ -120,7 +121,8 @@ def _run(arguments: argparse.Namespace) -> int:
         notes: list[str] = []
         try:
             if study.confirm is not None and work.frozen is None and not work.search.num_trials:
-                work = settle(study, study_dir)
+                # Whether there is anything, before Ray is asked; it is settled when the runs can start.
+                freeze(study, results.latest_attempts(results.read_table(study_dir, "trials")))
             if work.num_trials(study):
                 plan = dataclasses.replace(plan, work=work)
                 _run_trials(study, study_dir, plan, held, arguments, notes)
@@ -141,9 +143,10 @@ def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> 
 
 
 def _told_done(work: Work) -> str:
-    finished = [*work.search.finished, *(work.confirm.finished if work.confirm is not None else [])]
-    failed = sum(row["status"] == "failed" for row in finished)
-    text = f"All {len(finished)} trials are done already"
+    confirmed = work.confirm.finished if work.confirm is not None else []
+    # A search that was confirmed is over, and its failed trials with it.
+    failed = sum(row["status"] == "failed" for row in confirmed or work.search.finished)
+    text = f"All {len(work.search.finished) + len(confirmed)} trials are done already"
     return f"{text}; {failed} failed, and --retry-failed runs them again." if failed else f"{text}."
 
 
@@ -285,25 +288,30 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
         front = analysis.pareto_front(tables.trials, *objectives)
         results.write_table(storage.join(study_dir, "pareto", "front.parquet"), front)
     judged = "confirm" in tables.trials["phase"].to_pylist()
+    told: tuple[str, ...] = ()
     if judged:
-        verdict.write_verdicts(study_dir, tables.trials)
+        try:
+            verdict.write_verdicts(study_dir, tables.trials)
+            told = verdict.sentences(tables.trials)
+        except VerdictError as error:
+            told = (f"The confirm phase cannot be judged: {error}.",)
     report = build_report(study_dir)
     for note in notes:
         print(note)
     found = analysis.summarise(tables.trials, *objectives)
     if judged:
-        print("\n".join(verdict.sentences(tables.trials)))
+        print("\n".join(told))
         print("The search that chose the arms, one seed each and no result:")
         found = tuple(f"  {sentence}" for sentence in found)
     print("\n".join(found))
     counts = analysis.count_statuses(tables.trials)
-    told = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+    counted = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
     broken = [row for row in tables.trials.to_pylist() if row["status"] in ("failed", "diverged")]
     if broken:
         first = broken[0]
         message = " ".join((first["error_message"] or "").split())[:200]
-        told += f" (trial {first['trial']}: {message})"
-    print(f"{told}; see {study_dir}")
+        counted += f" (trial {first['trial']}: {message})"
+    print(f"{counted}; see {study_dir}")
     print(f"Report: {report}")
     return EXIT_FAILED_TRIALS if broken or failed else EXIT_DONE
 

@@ -107,6 +107,9 @@ def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
         trees = [{**tree, "data": {"source": tree["data"]["source"]}} for tree in trees]
     flat = [dict(_leaves(tree, ())) for tree in trees]
     paths = [path for path in {**flat[0], **flat[1]} if flat[0].get(path) != flat[1].get(path)]
+    names = [list(study.arms or ()) for study in (earlier, later)]
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):  # trials are numbered by it
+        return [f"the order of arms ({', '.join(names[0])} -> {', '.join(names[1])})"]
     return [f"{_dotted(path)} ({_shown(flat[0].get(path))} -> {_shown(flat[1].get(path))})" for path in paths]
 
 
@@ -247,15 +250,14 @@ def _apply_override(tree: dict[str, Any], text: str) -> KeyPath:
 
 def _split_override(tree: dict[str, Any], dotted: str) -> tuple[str, ...]:
     # Below search.space a key has dots of its own: search.space.dispersion.weight.low means
-    # search -> space -> "dispersion.weight" -> low.
-    prefix = "search.space."
-    if not dotted.startswith(prefix):
-        return tuple(dotted.split("."))
-    rest = dotted[len(prefix) :]
-    field, dot, last = rest.rpartition(".")
-    if dot and field.count(".") >= 1 and last in ("low", "high", "log", "step", "when", "choices"):
-        return ("search", "space", field, last)
-    return ("search", "space", rest)
+    # search -> space -> "dispersion.weight" -> low. So it has below arms.NAME.
+    parts = dotted.split(".")
+    if parts[:2] != ["search", "space"] and parts[0] != "arms":
+        return tuple(parts)
+    head, rest = tuple(parts[:2]), parts[2:]
+    if len(rest) > 2 and rest[-1] in ("low", "high", "log", "step", "when", "choices"):
+        return (*head, ".".join(rest[:-1]), rest[-1])
+    return (*head, ".".join(rest)) if rest else head
 
 
 # --- sentences -----------------------------------------------------------------------------------------

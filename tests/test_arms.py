@@ -214,6 +214,32 @@ def test_the_summary_speaks_of_each_arm(armed: dict[str, Any], tmp_path: Path) -
     assert any("0.490 nats above" in text for text in told if text.startswith("settled"))
 
 
+def test_another_order_of_arms_is_another_study(armed: dict[str, Any]) -> None:
+    """Trials are numbered by it."""
+    turned = copy.deepcopy(armed)
+    turned["arms"] = dict(reversed(armed["arms"].items()))
+    (told,) = differences(make(armed), make(turned))
+    assert told == (
+        "the order of arms (baseline, dispersion, noisy, settled -> settled, noisy, dispersion, baseline)"
+    )
+
+
+def test_fields_of_arms_can_be_overridden(armed: dict[str, Any]) -> None:
+    study = parse_study(
+        yaml.safe_dump(armed, sort_keys=False),
+        "study.yaml",
+        [
+            "arms.noisy.noisy_embedding.alpha=2.5",
+            "arms.dispersion.dispersion.weight.high=0.5",
+            "search.space.train.learning_rate.low=0.002",
+        ],
+    )
+    assert study.arms is not None
+    assert study.arms["noisy"]["noisy_embedding.alpha"] == 2.5
+    assert study.arms["dispersion"]["dispersion.weight"].high == 0.5
+    assert study.search.space["train.learning_rate"].low == 0.002
+
+
 def test_a_study_that_gets_arms_is_another_study(armed: dict[str, Any], tree: dict[str, Any]) -> None:
     without = copy.deepcopy(armed)
     del without["arms"]
@@ -244,9 +270,17 @@ def test_a_study_that_gets_arms_is_another_study(armed: dict[str, Any], tree: di
             lambda arms: arms["dispersion"].update({"dispersion.wait": {"low": 0.0, "high": 1.0}}),
             'arms.dispersion["dispersion.wait"] cannot be searched',
         ),
-        (lambda arms: arms.update({"bad name": {}}), "arms"),
+        (
+            lambda arms: arms.update({"bad name": {}}),
+            'there is one called "bad name"; a name is made of letters',
+        ),
+        (lambda arms: arms.update({"best": {}}), 'there is one called "best", which means the winner'),
+        (lambda arms: arms["noisy"].update({"dispersion.layers": ["all", "last"]}), "{choices: [...]}"),
         (lambda arms: arms["noisy"].update({"dispersion.weight": {"low": 2.0, "high": 1.0}}), "low = 2.0"),
-        (lambda arms: [arms.pop(name) for name in ("dispersion", "noisy", "settled")], "arms"),
+        (
+            lambda arms: [arms.pop(name) for name in ("dispersion", "noisy", "settled")],
+            "there is 1 (baseline)",
+        ),
     ],
     ids=[
         "no baseline",
@@ -258,6 +292,8 @@ def test_a_study_that_gets_arms_is_another_study(armed: dict[str, Any], tree: di
         "a searched value out of range",
         "an unknown searched field",
         "a name with a blank",
+        "the winner's name",
+        "a list of values",
         "low above high",
         "an arm alone",
     ],

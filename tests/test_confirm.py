@@ -10,7 +10,7 @@ import pytest
 import yaml
 from test_arms import RATES, WEIGHTS, make, mistake
 
-from raydisp import confirm, confirm_runs, paired, results, space
+from raydisp import confirm, confirm_runs, paired, results, space, verdict_words
 from raydisp.arms import Arms
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
@@ -199,12 +199,16 @@ def test_the_plan_is_written_before_and_read_as_it_was(confirmed: dict[str, Any]
     ("change", "told"),
     [
         (lambda tree: tree["confirm"].update(smallest_effect=0.02), "confirm.smallest_effect (0.01 -> 0.02)"),
-        (lambda tree: tree["confirm"].update(num_seeds=9), "confirm.num_seeds (6 -> 9)"),
+        (lambda tree: tree["confirm"].update(num_seeds=9), "confirm.num_seeds (null -> 9)"),
         (lambda tree: tree["confirm"].update(top_k=2), "confirm.top_k (1 -> 2)"),
         (lambda tree: tree["search"].update(num_trials=6), "search.num_trials (4 -> 6)"),
+        (
+            lambda tree: tree["confirm"].update(keep_models="all"),
+            'confirm.keep_models ("first_seed" -> "all")',
+        ),
         (lambda tree: tree.pop("confirm"), "has no confirm section any more"),
     ],
-    ids=["another effect", "more seeds", "more arms", "a longer search", "no section"],
+    ids=["another effect", "more seeds", "more arms", "a longer search", "other models", "no section"],
 )
 def test_a_settled_plan_does_not_change(
     confirmed: dict[str, Any], tmp_path: Path, change: Any, told: str
@@ -288,6 +292,87 @@ def test_a_killed_phase_goes_on_where_it_was(confirmed: dict[str, Any], tmp_path
     assert [(run.trial, run.attempt) for run in taken[:3]] == [(one.trial, 2), (three.trial, 2), (8, 1)]
     assert sorted(run.trial for run in taken) == [5, *range(7, 17)]
     assert again.dispatcher.next() is None
+
+
+def test_a_search_that_was_longer_once_keeps_its_rows(confirmed: dict[str, Any], tmp_path: Path) -> None:
+    study, study_dir = make(confirmed), str(tmp_path / "r")
+    searched(study, study_dir)
+    confirmed["search"]["num_trials"] = 2
+    shorter = make(confirmed)
+    work = confirm_runs.settle(shorter, study_dir)
+    assert work.frozen is not None
+    assert work.frozen.first_trial == 5, "after all trials that there are"
+    assert work.frozen.arms["dispersion"].from_trial == 4
+
+
+def test_a_plan_that_is_not_that_of_its_runs_is_refused(confirmed: dict[str, Any], tmp_path: Path) -> None:
+    study, study_dir = make(confirmed), str(tmp_path / "r")
+    searched(study, study_dir)
+    confirm_runs.settle(study, study_dir)
+    Runner(study, study_dir).begin()
+    place = tmp_path / "r" / "confirm.yaml"
+    place.write_text(place.read_text().replace("0.01", "0.5"))
+    confirmed["confirm"]["smallest_effect"] = 0.5
+    with pytest.raises(OutputError, match="is not the plan that its runs carry"):
+        confirm_runs.read_work(make(confirmed), study_dir)
+
+
+def test_a_search_trial_that_has_not_ended_holds_up_the_plan(
+    confirmed: dict[str, Any], tmp_path: Path
+) -> None:
+    study, study_dir = make(confirmed), str(tmp_path / "r")
+    searched(study, study_dir)
+    leave(study, study_dir, 3, status="interrupted", values={"dispersion.weight": 0.1})
+    with pytest.raises(NothingToConfirmError, match="trial 3 of the search has not ended"):
+        confirm_runs.settle(study, study_dir)
+    assert not (tmp_path / "r" / "confirm.yaml").exists()
+
+
+def test_an_arm_that_found_nothing_is_left_out_and_said(
+    armed_confirm: dict[str, Any], tmp_path: Path
+) -> None:
+    study, study_dir = make(armed_confirm), str(tmp_path / "r")
+    arms = Arms(study)
+    for trial in range(arms.num_trials):
+        arm = arms.of(trial)
+        values = {"train.learning_rate": 0.01} if arm.searched else {}
+        if arm.name == "dispersion":
+            values |= {"dispersion.weight": 0.5, "dispersion.layers": "all"}
+        lost = {"status": "diverged", "val_loss": None} if arm.name == "noisy" else {"val_loss": 5.0}
+        leave(study, study_dir, trial, values=values, **lost)
+    frozen = freeze(study, study_dir)
+    assert list(frozen.arms) == ["baseline", "dispersion", "settled"]
+    assert list(frozen.left_out) == ["noisy"]
+    assert "2 diverged" in frozen.left_out["noisy"]
+    (told,) = verdict_words.left_out_sentences(frozen)
+    assert told.startswith("noisy is not confirmed: no trial of arm noisy completed")
+
+
+def test_what_only_an_arm_was_tuned_over_is_said(armed_confirm: dict[str, Any], tmp_path: Path) -> None:
+    armed_confirm["search"]["space"] = {}
+    armed_confirm["arms"]["dispersion"]["train.learning_rate"] = dict(RATES)
+    study, study_dir = make(armed_confirm), str(tmp_path / "r")
+    assert any("train.learning_rate is tuned for dispersion" in text for text in confirm.warnings(study))
+    arms = Arms(study)
+    for trial in range(arms.num_trials):
+        values = {"train.learning_rate": 0.02, "dispersion.weight": 0.5, "dispersion.layers": "all"}
+        leave(study, study_dir, trial, val_loss=5.0, values=values if arms.of(trial).searched else {})
+    told = verdict_words.unfair_sentences(freeze(study, study_dir))
+    assert [text.split(" of its own")[0] for text in told] == [
+        "dispersion has train.learning_rate 0.02",
+        "settled has train.learning_rate 0.01",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.num_layers", "data.context_length", "train.global_batch_tokens", "model.vocab_size"]
+)
+def test_what_makes_pairs_impossible_is_refused(confirmed: dict[str, Any], name: str) -> None:
+    choices = {"model.vocab_size": [320, 400], "train.global_batch_tokens": [128, 256]}
+    confirmed["search"]["space"][name] = choices.get(name, [2, 4] if name == "model.num_layers" else [16, 32])
+    assert f"{name} varies between trials, and the confirm phase pairs runs" in mistake(confirmed)
+    del confirmed["confirm"]
+    make(confirmed)
 
 
 def test_a_lost_plan_is_restored_from_the_rows(confirmed: dict[str, Any], tmp_path: Path) -> None:

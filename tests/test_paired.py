@@ -224,11 +224,11 @@ def test_the_family_decides_together() -> None:
     assert paired.judge([close], 0.001, alpha=p_value * 0.99).verdict.tolist() == ["inconclusive"]
 
 
-def test_an_arm_that_diverged_cannot_help() -> None:
+def test_an_arm_that_diverged_can_only_hurt() -> None:
     values = [NOISE - 0.1, NOISE - 0.1, NOISE + 0.1, NOISE]
     found = paired.judge(values, 0.02, may_help=[False, True, False, False])
-    assert found.verdict.tolist() == ["inconclusive", "helps", "hurts", "no_effect_that_matters"]
-    assert found.barred.tolist() == [True, False, False, False]
+    assert found.verdict.tolist() == ["inconclusive", "helps", "hurts", "inconclusive"]
+    assert found.barred.tolist() == [True, False, False, True]
 
 
 def test_tests_that_disagree_are_flagged() -> None:

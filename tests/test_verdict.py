@@ -260,7 +260,7 @@ def test_an_arm_that_diverged_cannot_help() -> None:
     (row,) = judged(rows)
     assert (row["verdict"], row["reason"], row["num_diverged"]) == ("inconclusive", "diverged", 1)
     assert row["holm_p_value"] < 0.05
-    assert row["sentence"].endswith(", but 1 run of it diverged, and such an arm cannot help.")
+    assert row["sentence"].endswith(", but 1 run of it diverged: the others are those that went well.")
     hurts = change(rows_of({"best": shifted(0.1)}), "best", 103, status="diverged", test_loss=None)
     assert judged(hurts)[0]["verdict"] == "hurts"
     other = change(rows_of({"best": shifted(-0.1)}), "baseline", 103, status="diverged", test_loss=None)
