@@ -148,7 +148,7 @@ def measure_condensation(
     assert total is not None
     result = total.result()
     per_text = torch.stack(values)
-    means, stderrs = per_text.mean(0), per_text.std(0) / len(kept) ** 0.5  # std of one text is NaN
+    means, stderrs = per_text.mean(0), _stderr(per_text)
     layer_means = means[:, 0].tolist()
     trend = depth_trend(layer_means)
     half = torch.tensor([last_layers_mean(text, "half") for text in per_text[:, :, 0]], dtype=torch.float64)
@@ -176,8 +176,14 @@ def measure_condensation(
             for count in LAST_COUNTS
         ],
         last_half_mean=last_layers_mean(layer_means, "half"),
-        last_half_stderr=float(half.std() / len(kept) ** 0.5),
+        last_half_stderr=float(_stderr(half)),
     )
+
+
+def _stderr(values: Tensor) -> Tensor:
+    """Standard error of the mean over the first dimension; NaN below two values."""
+    number = len(values)
+    return values.std(0) / number**0.5 if number > 1 else values[0] * float("nan")
 
 
 def encode(tokenizer: Any, text: str, max_tokens: int) -> list[int]:

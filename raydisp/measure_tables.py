@@ -90,7 +90,7 @@ def file_name(name: str, model: str, source: str) -> str:
     """The name of a model's files; those of local models carry a hash of their place: names repeat."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "-", name.replace("/", "--")).strip(".-_")[:100] or "model"
     # A name with signs that a file cannot have, or a leading underscore, must not fall on another's.
-    if source == "hub" and plain == name.replace("/", "--"):
+    if source == "hub" and "--" not in name and plain == name.replace("/", "--"):
         return f"{plain}.parquet"
     return f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.parquet"
 
