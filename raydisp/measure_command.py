@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -191,7 +192,7 @@ def _run(arguments: argparse.Namespace) -> int:
     storage.check_writable(out)
     texts = read_texts(arguments)
     device = _device(arguments.device)
-    if arguments.quiet or not sys.stderr.isatty():
+    if not _shows_bars(arguments):
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -214,6 +215,10 @@ def _run(arguments: argparse.Namespace) -> int:
         print(_table(done))
         print(place)
     return EXIT_FAILED_TRIALS if failed else EXIT_DONE
+
+
+def _shows_bars(arguments: argparse.Namespace) -> bool:
+    return not arguments.quiet and sys.stderr.isatty()
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
@@ -339,7 +344,9 @@ def _measure_one(
     started_at, started = results.now(), time.monotonic()
     if not arguments.quiet:
         _tell(f"{named.name}: loading")
-    model, tokenizer, revision, dtype = _load(named.spec, arguments.dtype, device)
+    model, tokenizer, revision, dtype = _load(
+        named.spec, arguments.dtype, device, show_progress=_shows_bars(arguments)
+    )
     config = model.config.get_text_config()
     max_tokens = _cut_to_positions(named.name, arguments.max_tokens, config)
     loaded = time.monotonic()
@@ -391,7 +398,7 @@ def _measure_one(
 
 
 def _load(
-    spec: HubModel | PathModel | GgufModel, told_dtype: str, device: torch.device
+    spec: HubModel | PathModel | GgufModel, told_dtype: str, device: torch.device, *, show_progress: bool
 ) -> tuple[Any, Any, str | None, str]:
     """The model on its device, its tokenizer, what pins it, and the name of its dtype."""
     import torch
@@ -406,14 +413,17 @@ def _load(
             free, _ = torch.cuda.mem_get_info(device)
             if 4 * models.model_summary(spec, 2).num_parameters > free / 2:
                 dtype = "bfloat16"
-    model: Any = models.build_model(
-        spec,
-        context_length=2,  # as few as can be measured; what the model has is looked up later
-        eos_token_id=tokenizer.eos_token_id,
-        seed=0,
-        revision=commit,
-        dtype=getattr(torch, dtype),
-    )
+    # transformers draws its bar of a GGUF file's tensors whatever its settings are and whoever looks.
+    hush = contextlib.nullcontext() if show_progress else contextlib.redirect_stderr(io.StringIO())
+    with hush:
+        model: Any = models.build_model(
+            spec,
+            context_length=2,  # as few as can be measured; what the model has is looked up later
+            eos_token_id=tokenizer.eos_token_id,
+            seed=0,
+            revision=commit,
+            dtype=getattr(torch, dtype),
+        )
     try:
         return model.to(device).eval(), tokenizer, revision, dtype
     except torch.OutOfMemoryError:

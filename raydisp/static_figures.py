@@ -68,7 +68,10 @@ def _heat_map(
     legend = axes.legend(loc="lower right", framealpha=0, fontsize=_FONT_SIZE - 1)
     for text in legend.get_texts():
         text.set_color("white")
-    figure.colorbar(mesh, ax=axes, label="density").outline.set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes)
+    bar.set_label("density", fontsize=_FONT_SIZE)
+    bar.ax.tick_params(labelsize=_FONT_SIZE - 1)
+    bar.outline.set_visible(False)
     return _png(figure)
 
 
