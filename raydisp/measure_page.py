@@ -347,7 +347,8 @@ def depth_panel(models: Sequence[Model]) -> Panel:
         "Means over the texts (cosines have no unit; 1: all tokens point the same way). Centred: after "
         "subtracting the mean vector of each text, so blind to an offset that its tokens share. Token 0 is "
         "left out in the third because it is often an attention sink. The effective rank counts the "
-        "directions that the tokens of a text take, at most their number or the hidden size.",
+        "directions that the tokens of a text take, at most their number or the hidden size. A single token of "
+        "enormous norm takes over the centred mean and the effective rank; a jump in both tells of one.",
         plots,
     )
 
@@ -401,6 +402,9 @@ def size_panel(models: Sequence[Model]) -> Panel:
         ticks = log_ticks(low, high)
         ticks["ticktext"] = [parameters(round(value)) for value in ticks["tickvals"]]
         figure.update_xaxes(type="log", **ticks)
+        if short == "spearman":  # or a difference in the third digit would look like a collapse
+            figure.update_yaxes(range=[-1.08, 1.08])
+            figure.add_hline(y=0, line={"color": MUTED, "width": 1, "dash": "dot"})
         plots.append(Plot(f"size-{short}", label, figure))
     return Panel(
         title,

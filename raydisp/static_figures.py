@@ -60,8 +60,8 @@ def _heat_map(
         *_edges(profile.depth_frac), density, vmin=0, vmax=top, cmap="viridis", rasterized=True
     )
     means = [np.nan if mean is None else mean for mean in profile.cosine_mean]
-    axes.plot(profile.depth_frac, means, color="black", linewidth=2.2)  # an edge for the white line
-    axes.plot(profile.depth_frac, means, color="white", linewidth=1.2, linestyle="--", label="layer mean")
+    axes.plot(profile.depth_frac, means, color="black", linewidth=1.7)  # an edge for the white line
+    axes.plot(profile.depth_frac, means, color="white", linewidth=0.9, linestyle="--", label="layer mean")
     axes.set(xlim=(0, 1), ylim=(lowest, 1), xlabel="depth (fraction of the layers)")
     axes.set_ylabel("cosine between tokens")
     axes.set_title(_plain(name), fontsize=_FONT_SIZE)
@@ -131,6 +131,7 @@ def _size(models: Sequence[Model]) -> bytes:
             )
         axes.set_xscale("log")
         axes.set(xlabel="parameters", ylabel=label)
+    panes[0].set_ylim(-1.08, 1.08)  # or a difference in the third digit would look like a collapse
     panes[0].axhline(0, color=_MUTED, linewidth=0.6, linestyle=":")
     _legend(figure, panes[0], len(models))
     return _png(figure)
