@@ -347,8 +347,9 @@ def depth_panel(models: Sequence[Model]) -> Panel:
         "Means over the texts (cosines have no unit; 1: all tokens point the same way). Centred: after "
         "subtracting the mean vector of each text, so blind to an offset that its tokens share. Token 0 is "
         "left out in the third because it is often an attention sink. The effective rank counts the "
-        "directions that the tokens of a text take, at most their number or the hidden size. A single token of "
-        "enormous norm takes over the centred mean and the effective rank; a jump in both tells of one.",
+        "directions that the tokens of a text take, at most their number or the hidden size. A single "
+        "token of enormous norm takes over the centred mean and the effective rank; a jump in both tells "
+        "of one.",
         plots,
     )
 

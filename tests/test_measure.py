@@ -445,41 +445,40 @@ def test_an_interruption_leaves_the_rows_of_models_that_are_done(
     assert not list(out.rglob("_tmp-*"))
 
 
-def mistakes(folders: dict[str, Path], root: Path) -> dict[str, tuple[list[Any], str]]:
-    (root / "empty.txt").write_text(" \n")
-    (root / "one.txt").write_text("x")
-    (root / "rows.jsonl").write_text('{"body": "some text"}\n')
-    (root / "model.gguf.txt").write_text("x")
-    model, text = folders["gpt2"], ["--texts", root / "one.txt"]
-    return {
-        "no such text": ([model, "--texts", root / "none.txt"], 'none.txt" does not exist'),
-        "no such model": ([root / "none", *text], "none does not exist (looked for"),
-        "no such GGUF file": (["none.gguf", *text], "MODEL none.gguf does not exist"),
-        "no text": ([model, "--texts", root / "empty.txt"], "there is no text in it"),
-        "unknown field": ([model, "--texts", root / "rows.jsonl"], '"text" (--text-field); there are: body'),
-        "one token": (
-            [model, *text, "--max-tokens", 1],
-            "--max-tokens 1 is too few: a cosine takes two tokens",
-        ),
-        "no texts": ([model, *text, "--num-texts", 0], "--num-texts 0 must be at least 1"),
-        "no batch": ([model, *text, "--batch-texts", 0], "--batch-texts 0 must be at least 1"),
-        "no folder": ([model, *text, "--out", root / "one.txt"], "one.txt is a file"),
-    }
+MISTAKES = {
+    "no such text": ("MODEL --texts none.txt", 'none.txt" does not exist'),
+    "no such model": ("none/of/these --texts one.txt", "none/of/these does not exist (looked for"),
+    "no such GGUF file": ("none.gguf --texts one.txt", "MODEL none.gguf does not exist"),
+    "no text": ("MODEL --texts empty.txt", "there is no text in it"),
+    "unknown field": ("MODEL --texts rows.jsonl", '"text" (--text-field); there are: body'),
+    "one token": ("MODEL --texts one.txt --max-tokens 1", "--max-tokens 1 is too few: a cosine takes two"),
+    "no texts": ("MODEL --texts one.txt --num-texts 0", "--num-texts 0 must be at least 1"),
+    "no batch": ("MODEL --texts one.txt --batch-texts 0", "--batch-texts 0 must be at least 1"),
+    "no folder": ("MODEL --texts one.txt --out one.txt", "one.txt is a file"),
+}
 
 
-@pytest.mark.parametrize("name", list(mistakes({"gpt2": Path()}, Path("/tmp"))))
+@pytest.mark.parametrize("name", list(MISTAKES))
 def test_a_mistake_of_the_user_is_one_sentence(
-    name: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments, message = mistakes(folders, tmp_path)[name]
-    out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
-    printed, told = run(capsys, *arguments, *out, status=2)
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text(" \n")
+    Path("one.txt").write_text("x")
+    Path("rows.jsonl").write_text('{"body": "some text"}\n')
+    command, message = MISTAKES[name]
+    arguments = [str(folders["gpt2"]) if word == "MODEL" else word for word in command.split()]
+    printed, told = run(capsys, *arguments, *([] if "--out" in arguments else ["--out", "out"]), status=2)
     assert printed == ""
     assert told.startswith("raydisp.measure: ")
     assert told.count("\n") == 1
     assert message in told
     assert "data." not in told
-    assert not (tmp_path / "out").exists()
+    assert not Path("out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
