@@ -14,6 +14,7 @@ COMMANDS = {
     "report": "build the report of a results folder anew",
     "verdict": "judge a confirm phase anew, from its Parquet files alone",
     "export": "write a confirmed model as a Hugging Face folder",
+    "measure": "measure how far the token vectors of any model condense with depth",
     "results": "show the trials of a results folder, or merge its small files",
 }
 

@@ -224,6 +224,46 @@ def cosine_histogram(
     return torch.stack(histograms)
 
 
+class AveragedCosines:
+    """The histogram of kind `averaged` over texts that come one after the other, and may differ in length.
+
+    The entry (i, j) of a layer's matrix is the mean, over the texts that have both tokens, of their cosine;
+    for texts of one length that is what the authors average. Memory: one [L, L] matrix per layer.
+
+    Args:
+        num_states: hidden states per text.
+        length: L, tokens of the longest text.
+        dtype, device: of the matrices.
+    """
+
+    def __init__(
+        self,
+        num_states: int,
+        length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._sums = torch.zeros(num_states, length, length, dtype=dtype, device=device)
+        self._num_texts = torch.zeros(length, dtype=torch.int64, device=device)  # that have this position
+
+    def update(self, hidden_states: HiddenStates) -> None:
+        """Add a batch of texts of one length n <= L: per layer [B, n, F]."""
+        for sums, hidden in zip(self._sums, _layer_list(hidden_states), strict=True):
+            length = hidden.shape[1]
+            for group in _groups(hidden, None):
+                for rows in group:
+                    units = _unit_rows(rows)
+                    sums[:length, :length] += (units @ units.mT).clamp_(-1, 1)
+        self._num_texts[:length] += hidden.shape[0]
+
+    def histogram(self, num_bins: int = NUM_BINS) -> Tensor:
+        """[num_states, num_bins] int64: counts of the entries of the mean matrices in bins on [-1, 1]."""
+        positions = torch.arange(len(self._num_texts), device=self._num_texts.device)
+        num_texts = self._num_texts[torch.maximum(positions, positions[:, None])]
+        return torch.stack([_bin_counts(sums / num_texts, num_bins) for sums in self._sums])
+
+
 def cosine_quantiles(histogram: Tensor, probabilities: Sequence[float] = (0.05, 0.5, 0.95)) -> Tensor:
     """Quantiles of the cosines behind a histogram, linear within a bin (so good to one bin, 2 / num_bins).
 

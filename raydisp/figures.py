@@ -499,3 +499,7 @@ def _unseen(trials: pa.Table, objective: Objective) -> str:
     if len({row["num_tokens"] for row in seen}) > 1:
         note += " The trials saw different numbers of tokens, so their values do not compare directly."
     return note
+
+
+# The page of `raydisp.measure` draws in the same style.
+empty_figure, plotly_text, log_ticks = _figure, _plotly_text, _log_ticks

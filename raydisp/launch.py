@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import queue
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-import raydisp
 from raydisp.agenda import Agenda
 from raydisp.arms import dimensions
 from raydisp.capacity import Offer
@@ -27,19 +22,7 @@ from raydisp.dispatch import Launch
 from raydisp.errors import OutputError, RaydispError, ResourceError
 from raydisp.lease import still_held
 from raydisp.placement import describe_offer, not_placed
-
-PACKAGES = (
-    "torch",
-    "ray",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "optuna",
-    "pyarrow",
-    "numpy",
-    "pydantic",
-)
-"""Whose versions stand on every row."""
+from raydisp.versions import code_version, package_versions
 
 
 def prepare_launch(
@@ -176,29 +159,3 @@ def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterato
                 f"{cache_dir}: token blocks cannot be kept there: {error}; make the folder writable, free "
                 "some space, or choose another one with --output"
             )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a trial computes."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def code_version() -> str:
-    """raydisp's version, with the commit where it runs from a checkout: `0.1.0+g1a2b3c4.dirty`."""
-    root = Path(raydisp.__file__).parent.parent
-    if not (root / ".git").exists():
-        return raydisp.__version__
-    try:
-        commit = _git(root, "rev-parse", "--short=7", "HEAD")
-        dirty = ".dirty" if _git(root, "status", "--porcelain", "--", "raydisp") else ""
-    except (OSError, subprocess.CalledProcessError):
-        return raydisp.__version__
-    return f"{raydisp.__version__}+g{commit}{dirty}"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout.strip()

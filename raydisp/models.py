@@ -166,8 +166,9 @@ def build_model(
     vocab_size: int | None = None,
     seed: int,
     revision: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.nn.Module:
-    """A transformers causal language model, float32, on the CPU, in training mode, without a key-value cache.
+    """A transformers causal language model on the CPU, in training mode, without a key-value cache.
 
     The weights of a model from scratch depend on (model, context_length, vocab_size, seed) only and are the
     same in every process; the global random state is left as it was.
@@ -179,12 +180,13 @@ def build_model(
             least as many embedding rows.
         seed: of the initial weights; a pretrained model does not depend on it.
         revision: commit of a hub model, as `resolve_revision` found it; None resolves it anew.
+        dtype: of the weights of a pretrained model; None means float32, which one from scratch always has.
     Raises:
         ModelError: not there, not readable, not a causal language model, too short or too small.
     """
     if isinstance(model, ScratchModel):
         return _build_scratch(model, context_length, eos_token_id, vocab_size, seed)
-    return _load_pretrained(model, context_length, vocab_size, revision)
+    return _load_pretrained(model, context_length, vocab_size, revision, dtype)
 
 
 def _build_scratch(
@@ -245,6 +247,7 @@ def _load_pretrained(
     context_length: int,
     vocab_size: int | None,
     revision: str | None,
+    dtype: torch.dtype | None,
 ) -> torch.nn.Module:
     import torch
     from transformers import AutoModelForCausalLM
@@ -262,7 +265,7 @@ def _load_pretrained(
         )
     with _model_errors(model):
         built, loading = AutoModelForCausalLM.from_pretrained(
-            **place, config=config, dtype=torch.float32, output_loading_info=True
+            **place, config=config, dtype=dtype or torch.float32, output_loading_info=True
         )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

@@ -268,3 +268,7 @@ def _script_json(text: str) -> str:
 
 def _part(name: str) -> str:
     return (importlib.resources.files("raydisp") / name).read_text(encoding="utf-8")
+
+
+# The page of `raydisp.measure` is made of the same pieces.
+panel_html, script_json, read_part, table_head, table_cell = _panel_html, _script_json, _part, _head, _cell

@@ -366,3 +366,25 @@ def test_a_diverged_model_has_no_condensation() -> None:
     assert sum(result.histogram[0]) == 2 * 25
     # Of the second sequence, the pairs of the four rows that are whole.
     assert sum(result.histogram[1]) == 25 + 16
+
+
+# ---------------------------------------------------------------------- averaging over texts of any length
+
+
+def test_averaging_in_a_stream_is_averaging_at_once() -> None:
+    hidden = states(batch=5)
+    stream = condensation.AveragedCosines(3, 9, dtype=torch.float64)
+    stream.update(hidden[:, :2])
+    stream.update(list(hidden[:, 2:]))
+    assert torch.equal(stream.histogram(), cosine_histogram(hidden, kind="averaged"))
+
+
+def test_a_pair_is_averaged_over_the_texts_that_have_it() -> None:
+    hidden = states(batch=2)
+    stream = condensation.AveragedCosines(3, 9, dtype=torch.float64)
+    stream.update(hidden[:, :1])
+    stream.update(hidden[:, 1:, :4])
+    for layer, counts in zip(hidden, stream.histogram(16), strict=True):
+        mean = cosine_matrix(layer[0])
+        mean[:4, :4] = (mean[:4, :4] + cosine_matrix(layer[1, :4])) / 2
+        assert counts.tolist() == np.histogram(mean, bins=16, range=(-1, 1))[0].tolist()
