@@ -67,11 +67,11 @@ class Progress:
         self._drawn_at = now()
         self._bar = tqdm(
             total=1.0,
+            desc=self.tally.line(self._drawn_at),
             bar_format="{percentage:3.0f}%|{bar:16}| {desc}",
             disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self._draw()
 
     def __enter__(self) -> Progress:
         return self

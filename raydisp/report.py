@@ -52,7 +52,7 @@ def make_report(study_dir: str) -> str:
         filesystem, path = resolve(study_dir)
         kind = filesystem.get_file_info(path).type
         tables = read_tables(study_dir) if kind == pafs.FileType.Directory else None
-        study = _read_study(study_dir) if tables else {}
+        study = _read_study(study_dir) if tables is not None and tables.trials.num_rows else {}
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{study_dir} cannot be read: {' '.join(str(error).split())}") from None
     if kind == pafs.FileType.NotFound:

@@ -28,7 +28,7 @@ MAX_SCHEDULED = 2000
 
 
 class Watcher(Protocol):
-    """Is told what happens in a phase of a study; one that derives from this may leave out what it ignores."""
+    """Is told what happens in a phase of a study; what derives from it may leave out what it ignores."""
 
     def started(self, trial: int) -> None:
         """A trial has its place and begins, or goes on."""

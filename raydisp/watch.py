@@ -45,6 +45,20 @@ POLICY = "default-src 'none';"
 Version = tuple[Any, ...]
 
 
+class _Once(logging.Filter):
+    """Lets each message through once: the same is found wrong whenever the page is built anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self._seen
+        self._seen.add(text)
+        return new
+
+
 @dataclasses.dataclass(frozen=True)
 class Page:
     """What is served."""
@@ -247,6 +261,9 @@ def watch(study_dir: str, host: str, port: int) -> None:
     study_dir = storage.local_absolute(study_dir)
     if not 0 <= port <= 65535:
         raise OutputError(f"--port {port} is not between 0 and 65535")
+    once = _Once()
+    for name in ("raydisp.report", "raydisp.page"):
+        logging.getLogger(name).addFilter(once)
     watched = Watched(study_dir)
     with terminate_as_interrupt(), ReportServer(watched, host, port) as server:
         if server.open_to_others:
