@@ -294,6 +294,7 @@ def _mlflow(settings: Mlflow, study: StudyConfig) -> Any:
     # By default it tries for minutes; what the user has set stays.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "0")  # else it prints its own lines
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     return MLflowLoggerCallback(

@@ -279,8 +279,8 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path, number: int)
             out, err = other.communicate(timeout=60)
             assert (other.returncode, out) == (2, "")
             assert err == (
-                f"raydisp.report: 127.0.0.1:{port} cannot be listened on: Address already in use; give another "
-                "--port, or none for a free one\n"
+                f"raydisp.report: 127.0.0.1:{port} cannot be listened on: Address already in use; give "
+                "another --port, or none for a free one\n"
             )
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=20)
