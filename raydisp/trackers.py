@@ -182,7 +182,9 @@ class Tracker(tune.Callback):
         if self.broken:
             return
         self.broken = True
-        text = redact(" ".join(reason.split()))[:300]
+        text = redact(" ".join(reason.split()))
+        if len(text) > 400:  # what was tried stands at the start, and why it failed at the end
+            text = f"{text[:200]} ... {text[-200:]}"
         logger.warning(
             "%s gets no more of this study: %s. The study goes on, and its rows are complete", self.name, text
         )

@@ -1,4 +1,4 @@
-"""optuna-dashboard on the optuna.db of a study: what it shows over HTTP, while the study goes on and after."""
+"""optuna-dashboard on the optuna.db of a study: what it shows over HTTP, while a study runs and after."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_study_is_shown_while_it_runs_and_after(tree: dict[str, Any], tmp_path
             "dispersion.weight"
         ] == pytest.approx(rows[1]["dispersion.weight"])
         attributes = {one["key"]: one["value"] for one in first["user_attrs"]}
-        assert (attributes["trial"], attributes["status"]) == ("1", '"completed"')
+        assert (attributes["trial"], attributes["status"]) == ("1", "completed")
 
         # The study goes on while the dashboard has the file open.
         driver.write(running[1], status="failed", val_loss=None)

@@ -110,7 +110,7 @@ def test_trackers_are_no_part_of_a_study_or_a_trial(tree: Tree):
 def test_the_schema_knows_them():
     schema = StudyConfig.model_json_schema()
     members = schema["properties"]["trackers"]["items"]
-    assert ["tensorboard", "mlflow", "wandb"] in [one.get("enum") for one in members["anyOf"]]
+    assert ["tensorboard", "mlflow", "wandb"] in [one.get("enum") for one in members["oneOf"]]
     assert set(schema["$defs"]["Wandb"]["properties"]) == {"project", "mode", "dir"}
 
 

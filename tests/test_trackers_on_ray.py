@@ -1,4 +1,4 @@
-"""Trackers beside whole studies on a real Ray: what they hold is what the rows say, and none harms a study."""
+"""Trackers beside studies on a real Ray: what they hold is what the rows say, and none harms a study."""
 
 from __future__ import annotations
 
