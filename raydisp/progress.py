@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -69,7 +70,7 @@ class Progress:
             total=1.0,
             desc=self.tally.line(self._drawn_at),
             bar_format="{percentage:3.0f}%|{bar:16}| {desc}",
-            disable=quiet or not sys.stderr.isatty(),
+            disable=quiet or not _draws(),
             dynamic_ncols=True,
         )
 
@@ -132,6 +133,16 @@ class Progress:
         self._drawn_at = self._now()
         self._bar.n = self.tally.frac()
         self._bar.set_description_str(self.tally.line(self._drawn_at), refresh=True)
+
+
+def _draws() -> bool:
+    """Whether a bar can be drawn: there is a terminal, and it has a size, which some that pretend have not."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return 0 not in os.get_terminal_size(sys.stderr.fileno())
+    except OSError:
+        return True
 
 
 def tokens_reached(study_dir: str, agenda: Agenda) -> dict[int, int]:

@@ -323,6 +323,15 @@ def test_a_terminal_has_a_bar(study: StudyConfig, monkeypatch: pytest.MonkeyPatc
     assert bars[-1].startswith("100%|")
 
 
+def test_a_terminal_without_a_size_gets_plain_lines(study: StudyConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(Terminal, "fileno", lambda self: 2, raising=False)
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda number: (0, 0))
+    played(study, Clock(), quiet=False)
+    assert "%|" not in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert sys.stderr.getvalue().count("\n") == 4  # type: ignore[attr-defined]
+
+
 def test_the_confirm_phase_tells_test_losses_and_no_best(study: StudyConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     played(study, Clock(), quiet=False, metric="test_loss")
