@@ -136,7 +136,7 @@ class Progress:
 
 
 def _draws() -> bool:
-    """Whether a bar can be drawn: there is a terminal, and it has a size, which some that pretend have not."""
+    """Whether a bar can be drawn: on a terminal, and one that has a size, which not all have."""
     if not sys.stderr.isatty():
         return False
     try:
