@@ -1,8 +1,8 @@
 """The typed study file: its fields, their ranges and defaults, and the identity of a trial.
 
-Defaults live here, in `search_config` and in `confirm_config`, and nowhere else. Reading a file (YAML,
-overrides, sentences for mistakes) is in `studyfile`; rules over several fields are in `space_rules`. The
-classes are strict and frozen, and forbid keys that they do not know.
+Defaults live here, in `search_config`, `confirm_config` and `trackers_config`, and nowhere else. Reading a
+file (YAML, overrides, sentences for mistakes) is in `studyfile`; rules over several fields are in
+`space_rules`. The classes are strict and frozen, and forbid keys that they do not know.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from raydisp.confirm_config import ArmsConfig, ConfirmConfig
 from raydisp.layers import LAYER_CHOICES, resolve_layers
 from raydisp.search_config import SearchConfig
 from raydisp.section import Fraction, Int, PositiveInt, Section, Seed, Tokens
+from raydisp.trackers_config import Trackers, named_twice
 
 SCHEMA_VERSION = 1
 """Part of every trial's identity; raised whenever a default that changes results changes."""
@@ -485,6 +486,7 @@ class StudyConfig(TrialConfig):
     confirm: ConfirmConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
     failures: FailuresConfig = FailuresConfig()
+    trackers: Trackers = Field(default_factory=list)
     output: Annotated[str, Field(min_length=1, description="folder; results go to <output>/<name>")] = (
         "results"
     )
@@ -504,6 +506,13 @@ class StudyConfig(TrialConfig):
                 f"{self.data.context_length} tokens, which resources.num_workers = {workers} cannot share "
                 f"evenly; {nearest}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> StudyConfig:
+        twice = named_twice(self.trackers)
+        if twice is not None:
+            raise ValueError(f"trackers names {twice} twice; keep one of them")
         return self
 
     @property

@@ -49,14 +49,14 @@ def _several(value: Any) -> Any:
     if isinstance(value, dict) and not 2 <= len(value) <= MAX_ARMS:
         names = ", ".join(map(str, value)) or "none"
         raise ValueError(
-            f"there is {len(value)} ({names}); a study compares {BASELINE} with 1 to {MAX_ARMS - 1} others, or "
-            "leaves arms out"
+            f"there is {len(value)} ({names}); a study compares {BASELINE} with 1 to {MAX_ARMS - 1} others, "
+            "or leaves arms out"
         )
     for name in value if isinstance(value, dict) else ():
         if not re.fullmatch(ARM_NAME, str(name)):
             raise ValueError(
-                f'there is one called "{name}"; a name is made of letters, digits and "_", and begins with a letter '
-                "or digit"
+                f'there is one called "{name}"; a name is made of letters, digits and "_", and begins with a '
+                "letter or digit"
             )
         if name == BEST:
             raise ValueError(

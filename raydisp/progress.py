@@ -1,46 +1,77 @@
-"""Progress of a study on the terminal: trials done, best so far, time left."""
+"""Progress of a study on the terminal: a bar, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from raydisp import results
 from raydisp.agenda import Agenda
 from raydisp.config import StudyConfig
-from raydisp.confirm_config import BASELINE
+from raydisp.tally import Tally
+
+REDRAW_S = 1.0
+"""How often the bar is drawn anew at the most."""
+
+PLAIN_EVERY_S = 300.0
+"""Without a terminal: a line at least this often, besides one for each trial that ends."""
 
 
 class Progress:
-    """A bar over the tokens of all trials; plain lines, one for each trial that ends, without a terminal."""
+    """Watches one phase of a study (`tally.Watcher`) and shows how it is doing.
 
-    def __init__(self, study: StudyConfig, agenda: Agenda, *, quiet: bool, metric: str | None = None) -> None:
+    On a terminal a bar, renewed every second; elsewhere plain lines: one for each trial that ends, and one
+    every five minutes. Nothing at all where it is to be quiet.
+    """
+
+    def __init__(
+        self,
+        study: StudyConfig,
+        agenda: Agenda,
+        *,
+        quiet: bool,
+        metric: str | None = None,
+        places: int = 1,
+        reached: Mapping[int, int] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Args:
         metric: what each trial is told by; None: the objective of the search, and the best of it.
+        places: trials that run at a time.
+        reached: tokens that interrupted trials have seen already.
+        now: seconds by a clock.
         """
-        self._metric = metric or study.search.primary.metric
-        self._better = None if metric is not None else min if study.search.primary.mode == "min" else max
-        self._tokens_per_trial = study.num_steps * study.train.global_batch_tokens
-        self._total = agenda.num_trials
-        self._tokens: dict[int, int] = {}
-        self._best: float | None = None
-        for row in agenda.finished:
-            self._take(row)
-        self._done = 0
-        self._started = time.monotonic()
+        primary = study.search.primary
+        self.tally = Tally(
+            tokens_per_trial=study.num_steps * study.train.global_batch_tokens,
+            tokens_per_step=study.train.global_batch_tokens,
+            finished=agenda.finished,
+            to_come={
+                **dict.fromkeys([*agenda.fixed, *(row["trial"] for row in agenda.resumed), *agenda.new], 0),
+                **(reached or {}),
+            },
+            places=places,
+            metric=metric or primary.metric,
+            better=None if metric is not None else min if primary.mode == "min" else max,
+            never_stopped=agenda.fixed,
+            max_tokens_total=study.search.max_tokens_total if metric is None else None,
+        )
+        self._full = study.num_steps * study.train.global_batch_tokens
+        self._now = now
         self._quiet = quiet
+        self._drawn_at = now()
         self._bar = tqdm(
-            total=self._total * self._tokens_per_trial,
-            unit="tok",
-            unit_scale=True,
-            desc=self._description(),
-            disable=quiet or not sys.stderr.isatty(),
+            total=1.0,
+            desc=self.tally.line(self._drawn_at),
+            bar_format="{percentage:3.0f}%|{bar:16}| {desc}",
+            disable=quiet or not _draws(),
             dynamic_ncols=True,
-            smoothing=0.02,
         )
 
     def __enter__(self) -> Progress:
@@ -51,54 +82,74 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def on_result(self, result: Mapping[str, Any]) -> None:
-        """A running trial has evaluated."""
-        self._advance(result["trial"], result["num_tokens"])
+    def started(self, trial: int) -> None:
+        self.tally.started(trial, self._now())
+        self._draw()
 
-    def on_finished(self, row: Mapping[str, Any]) -> None:
-        """A trial has ended."""
-        self._take(row)
-        self._done += 1
-        self._advance(row["trial"], self._tokens_per_trial)
-        self._bar.set_description(self._description())
+    def reported(self, result: Mapping[str, Any]) -> None:
+        self.tally.reported(result["trial"], result["num_tokens"], self._now())
+        self._draw()
+
+    def stopped(self, trial: int) -> None:
+        self.tally.stopped(trial, self._now())
+        self._draw()
+
+    def finished(self, row: Mapping[str, Any]) -> None:
+        self.tally.ended(row, self._now())
+        self._write(
+            f"[{self.tally.num_ended}/{self.tally.num_trials}] trial {row['trial']} ({row['arm']}) "
+            f"{row['status']}: {self._told(row)}; "
+        )
+        self._draw()
+
+    def tick(self) -> None:
+        now = self._now()
+        if now - self._drawn_at < (PLAIN_EVERY_S if self._bar.disable else REDRAW_S):
+            return
+        if self._bar.disable:
+            self._write(f"[{self.tally.num_ended}/{self.tally.num_trials}] ")
+        self._draw()
+
+    def _told(self, row: Mapping[str, Any]) -> str:
+        value = row.get(self.tally.metric)
+        if row["status"] == "pruned":
+            return f"stopped after {row['num_tokens']:,} of {self._full:,} tokens"
+        if value is not None:
+            return f"{self.tally.metric} {value:.4f}"
+        message = row.get("error_message") or f"no {self.tally.metric}"
+        return " ".join(message.split())[:160]
+
+    def _write(self, start: str) -> None:
         if self._quiet:
             return
-        value = row.get(self._metric)
-        if row["status"] == "pruned":
-            told = f"stopped after {row['num_tokens']:,} of {self._tokens_per_trial:,} tokens"
-        elif value is not None:
-            told = f"{self._metric} {value:.4f}"
-        else:
-            told = row.get("error_message") or f"no {self._metric}"
-        elapsed_s, tokens = time.monotonic() - self._started, sum(self._tokens.values())
-        left = elapsed_s / tokens * (self._total * self._tokens_per_trial - tokens)
-        tqdm.write(
-            f"[{self._done}/{self._total}] trial {row['trial']} ({row['arm']}) {row['status']}: "
-            f"{' '.join(told.split())[:160]}{self._told_best()}, about {_duration(left)} left",
-            file=sys.stderr,
-        )
+        self._drawn_at = self._now()
+        # Above the bar, which says the rest; where there is none, all in one line.
+        text = start.rstrip("; ") if not self._bar.disable else start + self.tally.line(self._drawn_at)
+        tqdm.write(text, file=sys.stderr)
 
-    def _advance(self, trial: int, tokens: int) -> None:
-        before = self._tokens.get(trial, 0)
-        self._tokens[trial] = max(before, tokens)
-        self._bar.update(self._tokens[trial] - before)
-
-    def _take(self, row: Mapping[str, Any]) -> None:
-        value = row.get(self._metric)
-        if row["status"] != "completed" or row["arm"] == BASELINE or value is None or self._better is None:
+    def _draw(self) -> None:
+        if self._bar.disable:
             return
-        self._best = value if self._best is None else self._better(self._best, value)
-
-    def _told_best(self) -> str:
-        return "" if self._best is None else f", best so far {self._best:.4f}"
-
-    def _description(self) -> str:
-        return f"{self._done}/{self._total} trials{self._told_best()}" if self._total else ""
+        self._drawn_at = self._now()
+        self._bar.n = self.tally.frac()
+        self._bar.set_description_str(self.tally.line(self._drawn_at), refresh=True)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+def _draws() -> bool:
+    """Whether a bar can be drawn: on a terminal, and one that has a size, which not all have."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return 0 not in os.get_terminal_size(sys.stderr.fileno())
+    except OSError:
+        return True
+
+
+def tokens_reached(study_dir: str, agenda: Agenda) -> dict[int, int]:
+    """Tokens that interrupted trials have seen, as far as evaluations tell; failed ones begin anew."""
+    reached = {}
+    for row in agenda.resumed:
+        if row["status"] == "interrupted":
+            seen = results.read_table(study_dir, "evals", trial=row["trial"])["num_tokens"].to_pylist()
+            reached[row["trial"]] = max(seen, default=0)
+    return reached

@@ -1,6 +1,7 @@
 """The report of a study: one HTML page, made from its Parquet tables and its `study.yaml` alone.
 
 python -m raydisp.report DIR
+python -m raydisp.report DIR --watch
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import yaml
 
-from raydisp.errors import OutputError, RaydispError
+from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError
 from raydisp.page import render
 from raydisp.results import read_tables
 from raydisp.storage import join, read_bytes, resolve, write_bytes
@@ -23,33 +24,47 @@ from raydisp.storage import join, read_bytes, resolve, write_bytes
 logger = logging.getLogger(__name__)
 
 
+class NothingYetError(OutputError):
+    """There is nothing to report, which may change."""
+
+
 def build_report(study_dir: str) -> str:
     """Write `report.html` into a results folder, whole or not at all, and return its place.
+
+    Raises: as `make_report`; and OutputError, if it cannot be written.
+    """
+    text = make_report(study_dir)
+    place = join(study_dir, "report.html")
+    write_bytes(place, text.encode())
+    return place
+
+
+def make_report(study_dir: str) -> str:
+    """The page.
 
     Args:
         study_dir: the folder of one study, a local path or a URI that `pyarrow.fs` knows.
     Raises:
-        OutputError: there is no such folder, it holds no results, or it cannot be read or written.
+        NothingYetError: there is no such folder, or no trial in it.
+        OutputError: it is no folder, or cannot be read.
     """
     try:
         filesystem, path = resolve(study_dir)
         kind = filesystem.get_file_info(path).type
         tables = read_tables(study_dir) if kind == pafs.FileType.Directory else None
-        study = _read_study(study_dir) if tables else {}
+        study = _read_study(study_dir) if tables is not None and tables.trials.num_rows else {}
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{study_dir} cannot be read: {' '.join(str(error).split())}") from None
     if kind == pafs.FileType.NotFound:
-        raise OutputError(f"{study_dir} does not exist; name the results folder of a study")
+        raise NothingYetError(f"{study_dir} does not exist; name the results folder of a study")
     if tables is None:
         raise OutputError(f"{study_dir} is a file; name the results folder of a study")
     if tables.trials.num_rows == 0:
-        raise OutputError(
+        raise NothingYetError(
             f"{study_dir} holds no results: there is no trial in {join(study_dir, 'trials')}; "
             "name the results folder of one study"
         )
-    place = join(study_dir, "report.html")
-    write_bytes(place, render(tables, study).encode())
-    return place
+    return render(tables, study)
 
 
 def _read_study(study_dir: str) -> Mapping[str, Any]:
@@ -65,18 +80,35 @@ def _read_study(study_dir: str) -> Mapping[str, Any]:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    """Command line: write the report of a results folder. Returns the exit status."""
+    """Command line: write the report of a results folder, or serve it. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m raydisp.report", description="Make report.html from the results of a study."
     )
     parser.add_argument("dir", metavar="DIR", help="results folder of a study, local or s3://, gs://")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="serve the report on this machine and renew it as results come in, until Ctrl-C; nothing is "
+        "written",
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="of --watch; a free one is taken by default")
+    parser.add_argument(
+        "--host", metavar="H", help="of --watch; 127.0.0.1 by default, so that other machines see nothing"
+    )
     arguments = parser.parse_args(None if argv is None else list(argv))
+    if not arguments.watch and (arguments.port is not None or arguments.host is not None):
+        parser.error("--port and --host belong to --watch")
     try:
-        print(build_report(arguments.dir))
+        if arguments.watch:
+            from raydisp.watch import DEFAULT_HOST, watch
+
+            watch(arguments.dir, arguments.host or DEFAULT_HOST, arguments.port or 0)
+        else:
+            print(build_report(arguments.dir))
     except RaydispError as error:
         print(f"raydisp.report: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return EXIT_USER_ERROR
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

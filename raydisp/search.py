@@ -37,13 +37,14 @@ from raydisp.interrupts import stop_tune_on_interrupt
 from raydisp.optuna_study import OptunaStudy
 from raydisp.placement import PlacementWatch, describe_offer
 from raydisp.stopping import StopRules, full_tokens
+from raydisp.tally import Watcher
+from raydisp.trackers import told_at_end
 from raydisp.warm_start import WarmStart
 from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
 
 logger = logging.getLogger(__name__)
 
 RunTrial = Callable[[Assignment, Report], Row]
-OnResult = Callable[[Mapping[str, Any]], None]
 
 
 class StudySearcher(Searcher):
@@ -199,8 +200,8 @@ def run_search(
     agenda: Agenda,
     *,
     warm_starts: Sequence[WarmStart] = (),
-    on_result: OnResult,
-    on_finished: Callable[[Row], None],
+    watcher: Watcher,
+    callbacks: Sequence[tune.Callback] = (),
     taken_over: Callable[[], bool] = lambda: False,
     run: RunTrial = run_trial,
 ) -> str | None:
@@ -208,8 +209,8 @@ def run_search(
 
     Args:
         warm_starts: trials of other studies that the sampler knows from the start.
-        on_result: called with what a running trial reports: trial, step, num_tokens, val_loss, elapsed_s.
-        on_finished: called with the row of each trial that ends.
+        watcher: told of what happens.
+        callbacks: told by Tune itself, as trackers are; none of them may raise or wait.
         taken_over: whether another command has the results folder now.
         run: trains one trial in its process and returns its row.
     Returns:
@@ -231,7 +232,7 @@ def run_search(
         optuna_study = OptunaStudy(study, Path(scratch))
         for warm_start in warm_starts:
             warm_start.tell(optuna_study)
-        dispatcher = Dispatcher(launch, agenda, optuna_study, curves=curves, on_finished=on_finished)
+        dispatcher = Dispatcher(launch, agenda, optuna_study, curves=curves, on_finished=watcher.finished)
         # At once: what an earlier run has left open there is open no more.
         optuna_study.try_snapshot(launch.study_dir)
         searcher = StudySearcher(
@@ -243,7 +244,7 @@ def run_search(
             taken_over=taken_over,
         )
         try:
-            _run_on_tune(launch, searcher, Path(scratch), on_result, run)
+            _run_on_tune(launch, searcher, Path(scratch), watcher, callbacks, run)
         finally:
             optuna_study.close()
             if not taken_over():
@@ -256,17 +257,17 @@ def run_confirm(
     frozen: Frozen,
     agenda: Agenda,
     *,
-    on_result: OnResult,
-    on_finished: Callable[[Row], None],
+    watcher: Watcher,
+    callbacks: Sequence[tune.Callback] = (),
     taken_over: Callable[[], bool] = lambda: False,
     run: RunTrial = run_trial,
 ) -> str | None:
     """Run what is left of a confirm phase; arguments, result and errors as `run_search` has them."""
     begin_anew(launch.study_dir, agenda)
-    dispatcher = ConfirmDispatcher(launch, frozen, agenda, on_finished=on_finished)
+    dispatcher = ConfirmDispatcher(launch, frozen, agenda, on_finished=watcher.finished)
     with tempfile.TemporaryDirectory(prefix="raydisp-") as scratch:
         searcher = StudySearcher(dispatcher, None, taken_over=taken_over)
-        _run_on_tune(launch, searcher, Path(scratch), on_result, run)
+        _run_on_tune(launch, searcher, Path(scratch), watcher, callbacks, run)
     return dispatcher.over
 
 
@@ -279,7 +280,12 @@ def begin_anew(study_dir: str, agenda: Agenda) -> list[int]:
 
 
 def _run_on_tune(
-    launch: Launch, searcher: StudySearcher, scratch: Path, on_result: OnResult, run: RunTrial
+    launch: Launch,
+    searcher: StudySearcher,
+    scratch: Path,
+    watcher: Watcher,
+    callbacks: Sequence[tune.Callback],
+    run: RunTrial,
 ) -> None:
     """Have Tune run what the searcher hands out.
 
@@ -287,7 +293,7 @@ def _run_on_tune(
         scratch: local folder for what Tune writes.
     """
     study = launch.study
-    watch = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
+    placement = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
     tuner = tune.Tuner(
         tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
         tune_config=tune.TuneConfig(
@@ -301,7 +307,7 @@ def _run_on_tune(
             name="tune",
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[_Events(launch.plan, watch, searcher, on_result)],
+            callbacks=[_Events(launch.plan, placement, searcher, watcher), *callbacks],
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
@@ -360,7 +366,7 @@ def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[
         assignment = Assignment(**config)
         threads = tidy.threads()
         row = run(assignment, tune.report)
-        tune.report({"status": row["status"]})
+        tune.report(told_at_end(row))
         if row["status"] == "interrupted":  # by notice: no trial may follow on this node
             raise PreemptedError(row["resumed_step"] or 0, row["error_message"])
         left = tidy.leftovers(threads)
@@ -387,29 +393,46 @@ def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:
 
 
 class _Events(tune.Callback):
-    """Passes on what running trials report, and sees to it that none waits for its place for ever."""
+    """Passes on what happens to trials, and sees to it that none waits for its place for ever."""
 
     def __init__(
-        self, plan: Plan, watch: PlacementWatch, searcher: StudySearcher, on_result: OnResult
+        self, plan: Plan, placement: PlacementWatch, searcher: StudySearcher, watcher: Watcher
     ) -> None:
         self._plan = plan
-        self._watch = watch
+        self._placement = placement
         self._searcher = searcher
-        self._on_result = on_result
+        self._watcher = watcher
+        self._numbers: dict[str, int] = {}
+        """Tune's name for a trial that runs -> its number."""
 
     def on_step_begin(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
+        self._watcher.tick()
         states = {trial.status for trial in trials}
         pending, running = "PENDING" in states, "RUNNING" in states
-        if self._watch.saw(pending=pending, running=running, now=time.monotonic()):
+        if self._placement.saw(pending=pending, running=running, now=time.monotonic()):
             offer = describe_offer(read_offer(), self._plan.cpus_per_worker, self._plan.gpus_per_worker)
-            raise self._watch.error(offer)
+            raise self._placement.error(offer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy that nobody reads; a progress bar cannot be in it
+
+    def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        assignment = self._searcher.running.get(trial.trial_id)
+        if assignment is not None:
+            self._numbers[trial.trial_id] = assignment.trial
+            self._watcher.started(assignment.trial)
 
     def on_trial_result(
         self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         number = self._searcher.reported(trial.trial_id, result)
         if number is not None:
-            self._on_result({"trial": number, **result})
+            self._watcher.reported({"trial": number, **result})
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        number = self._numbers.pop(trial.trial_id, None)
+        if number is not None:
+            self._watcher.stopped(number)
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        self.on_trial_complete(iteration, trials, trial)

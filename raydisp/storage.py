@@ -113,6 +113,24 @@ def list_files(location: str, *, recursive: bool = True) -> list[str]:
     return sorted(name for name in found if not any(part[:1] in ("_", ".") for part in name.split("/")))
 
 
+def list_versions(location: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of writing of every file below a folder; they tell whether anything has changed."""
+    filesystem, path = resolve(location)
+    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+    return sorted(
+        (info.path, int(info.size or 0), int(info.mtime_ns or 0))
+        for info in filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.File and not info.base_name.startswith(("_", "."))
+    )
+
+
+def version_of(location: str) -> tuple[int, int] | None:
+    """Size and time of writing of a file; None where there is none."""
+    filesystem, path = resolve(location)
+    info = filesystem.get_file_info(path)
+    return (int(info.size), int(info.mtime_ns or 0)) if info.type == pafs.FileType.File else None
+
+
 def list_leftovers(location: str) -> list[str]:
     """Names in a folder that `list_files` leaves out."""
     return sorted(name for name in _all_files(location, recursive=False) if name[:1] in ("_", "."))

@@ -6,6 +6,7 @@ python -m raydisp.study studies/weight_search.yaml
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from raydisp import lease, results, storage
+from raydisp.agenda import Agenda
 from raydisp.config import StudyConfig
 from raydisp.confirm import NothingToConfirmError, freeze
 from raydisp.confirm_runs import Work, read_work, settle
@@ -28,6 +30,7 @@ from raydisp.errors import (
 from raydisp.interrupts import terminate_as_interrupt
 from raydisp.plan import StudyPlan, make_plan
 from raydisp.studyfile import differences, dump_study, load_study, parse_study
+from raydisp.trackers_config import check_trackers
 from raydisp.warm_start import read_warm_starts
 
 
@@ -109,6 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     study_dir = storage.local_absolute(storage.join(study.output, study.name))
     _refuse_other_study(study, study_dir)
     storage.check_writable(study_dir)
+    check_trackers(study.trackers, study_dir)
     if arguments.dry_run:
         print(_plan(study, study_dir, arguments).describe())
         return EXIT_DONE
@@ -216,15 +220,17 @@ def _run_trials(
     """
     from raydisp import cluster
     from raydisp.launch import prepare_launch, refuse_blind_nodes, refuse_other_content
-    from raydisp.progress import Progress
+    from raydisp.progress import Progress, tokens_reached
 
     _say(arguments, plan.headline())
-    with (
-        cluster.running_ray(
-            arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
-        ) as offer,
-        terminate_as_interrupt(),  # again: Ray has set a handler of its own
-    ):
+    with contextlib.ExitStack() as stack:
+        offer = stack.enter_context(
+            cluster.running_ray(
+                arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
+            )
+        )
+        stack.enter_context(terminate_as_interrupt())  # again: Ray has set a handler of its own
+        from raydisp import trackers
         from raydisp.search import run_confirm, run_search
 
         launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
@@ -236,18 +242,30 @@ def _run_trials(
         _say(arguments, f"Running {launch.plan.describe()}.")
         for warning in dataclasses.replace(plan, resources=launch.plan).warnings():
             _say(arguments, f"Warning: {warning}.")
+        callbacks = stack.enter_context(trackers.running(study, study_dir))
+
+        def watch(agenda: Agenda, metric: str | None = None) -> Progress:
+            return Progress(
+                study,
+                agenda,
+                quiet=arguments.quiet,
+                metric=metric,
+                places=launch.plan.max_concurrent_trials,
+                reached=tokens_reached(study_dir, agenda),
+            )
+
         work = plan.work
         if work.search.num_trials:
             warm_starts = read_warm_starts(study, launch.data_sha256)
             for warm_start in warm_starts:
                 _say(arguments, f"Warm start: {warm_start.describe()}.")
-            with Progress(study, work.search, quiet=arguments.quiet) as progress:
+            with watch(work.search) as progress:
                 over = run_search(
                     launch,
                     work.search,
                     warm_starts=warm_starts,
-                    on_result=progress.on_result,
-                    on_finished=progress.on_finished,
+                    watcher=progress,
+                    callbacks=callbacks,
                     taken_over=held.lost.is_set,
                 )
             if over is not None:
@@ -259,13 +277,13 @@ def _run_trials(
         assert work.frozen is not None
         assert work.confirm is not None
         _say(arguments, work.frozen.headline())
-        with Progress(study, work.confirm, quiet=arguments.quiet, metric="test_loss") as progress:
+        with watch(work.confirm, "test_loss") as progress:
             over = run_confirm(
                 launch,
                 work.frozen,
                 work.confirm,
-                on_result=progress.on_result,
-                on_finished=progress.on_finished,
+                watcher=progress,
+                callbacks=callbacks,
                 taken_over=held.lost.is_set,
             )
         if over is not None:

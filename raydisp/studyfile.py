@@ -74,7 +74,7 @@ def dump_study(study: StudyConfig) -> str:
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-EFFORT = ("output", "resources", "checkpoint", "failures")
+EFFORT = ("output", "resources", "checkpoint", "failures", "trackers")
 """Parts of a study file that do not change what a trial finds."""
 
 

@@ -26,6 +26,7 @@ from raydisp.agenda import Agenda
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.search import Launch, _trainable, run_search
+from raydisp.tally import Watcher
 from raydisp.worker import Assignment, Report, run_attempt, run_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -179,7 +180,12 @@ def run_here(
     agenda = Agenda(finished=[], resumed=[], fixed=[], new=list(range(1, num_trials + 1)))
     told: list[Row] = []
     before = trial_processes()
-    run_search(launch, agenda, on_result=lambda result: None, on_finished=told.append, run=run)
+
+    class Told(Watcher):
+        def finished(self, row: Row) -> None:
+            told.append(row)
+
+    run_search(launch, agenda, watcher=Told(), run=run)
     rows = results.read_tables(first.study_dir).attempts.to_pylist()
     return told, rows, len(trial_processes() - before)
 
