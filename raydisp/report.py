@@ -1,6 +1,8 @@
 """The report of a study: one HTML page, made from its Parquet tables and its `study.yaml` alone.
 
-python -m raydisp.report DIR
+python -m raydisp.report DIR                      DIR/report.html
+python -m raydisp.report DIR --figures FOLDER     PNG and SVG of every figure, for papers
+python -m raydisp.report DIR DIR ... [--out FILE] one page that compares studies: comparison.html
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,21 +18,58 @@ import pyarrow.fs as pafs
 import yaml
 
 from raydisp.errors import OutputError, RaydispError
-from raydisp.page import render
-from raydisp.results import read_tables
+from raydisp.page import objectives_of, render, study_panels
+from raydisp.results import Tables, read_tables
 from raydisp.storage import join, read_bytes, resolve, write_bytes
 
 logger = logging.getLogger(__name__)
 
 
-def build_report(study_dir: str) -> str:
+COMPARISON = "comparison.html"
+"""Where the comparison of several studies goes, if nothing is said."""
+
+
+def build_report(study_dir: str, *, out: str | None = None) -> str:
     """Write `report.html` into a results folder, whole or not at all, and return its place.
 
     Args:
         study_dir: the folder of one study, a local path or a URI that `pyarrow.fs` knows.
+        out: another place for the page.
     Raises:
         OutputError: there is no such folder, it holds no results, or it cannot be read or written.
     """
+    tables, study = _read(study_dir)
+    place = join(study_dir, "report.html") if out is None else out
+    write_bytes(place, render(tables, study).encode())
+    return place
+
+
+def build_comparison(study_dirs: Sequence[str], *, out: str = COMPARISON) -> str:
+    """Write one page that compares studies, and return its place.
+
+    Raises:
+        OutputError: as `build_report` says.
+    """
+    from raydisp import comparison
+
+    found = [(folder, *_read(folder)) for folder in study_dirs]
+    write_bytes(out, comparison.render(comparison.named(found)).encode())
+    return out
+
+
+def build_figures(study_dir: str, folder: str) -> list[str]:
+    """Write every figure of a study as PNG and as SVG, and return their places.
+
+    Raises:
+        OutputError: as `build_report` says; or matplotlib is not installed.
+    """
+    from raydisp.figures.paper import write_figures
+
+    tables, study = _read(study_dir)
+    return write_figures(study_panels(tables, objectives_of(study)), folder)
+
+
+def _read(study_dir: str) -> tuple[Tables, Mapping[str, Any]]:
     try:
         filesystem, path = resolve(study_dir)
         kind = filesystem.get_file_info(path).type
@@ -47,9 +86,7 @@ def build_report(study_dir: str) -> str:
             f"{study_dir} holds no results: there is no trial in {join(study_dir, 'trials')}; "
             "name the results folder of one study"
         )
-    place = join(study_dir, "report.html")
-    write_bytes(place, render(tables, study).encode())
-    return place
+    return tables, study
 
 
 def _read_study(study_dir: str) -> Mapping[str, Any]:
@@ -67,16 +104,44 @@ def _read_study(study_dir: str) -> Mapping[str, Any]:
 def main(argv: Iterable[str] | None = None) -> int:
     """Command line: write the report of a results folder. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m raydisp.report", description="Make report.html from the results of a study."
+        prog="python -m raydisp.report",
+        description="Make report.html from the results of a study, or one page that compares several.",
     )
-    parser.add_argument("dir", metavar="DIR", help="results folder of a study, local or s3://, gs://")
+    parser.add_argument(
+        "dirs", metavar="DIR", nargs="+", help="results folder of a study, local or s3://, gs://"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help=f"where the page goes: DIR/report.html, {COMPARISON} for several studies",
+    )
+    parser.add_argument(
+        "--figures",
+        metavar="FOLDER",
+        help="write every figure as PNG and SVG there, and no page without --out",
+    )
     arguments = parser.parse_args(None if argv is None else list(argv))
     try:
-        print(build_report(arguments.dir))
+        for place in _make(arguments.dirs, arguments.out, arguments.figures):
+            print(place)
     except RaydispError as error:
         print(f"raydisp.report: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _make(dirs: Sequence[str], out: str | None, figures: str | None) -> Iterator[str]:
+    if figures is not None:
+        if len(dirs) > 1:
+            raise OutputError("--figures is of one study; name one results folder")
+        places = build_figures(dirs[0], figures)
+        if not places:
+            raise OutputError(f"{dirs[0]} has no figure that could be drawn; its report.html says why")
+        yield from places
+    if len(dirs) > 1:
+        yield build_comparison(dirs, out=out or COMPARISON)
+    elif figures is None or out is not None:
+        yield build_report(dirs[0], out=out)
 
 
 if __name__ == "__main__":
