@@ -60,9 +60,12 @@ def named(found: Sequence[tuple[str, Tables, Mapping[str, Any]]]) -> list[Study]
         found: the folder, the tables and the study file of each.
     """
     names = [page.study_name(tables.trials, file) for _, tables, file in found]
+    folders = [folder.rstrip("/") for folder, _, _ in found]
+    ends = [folder.rsplit("/", 1)[-1] for folder in folders]
+    known = [end if ends.count(end) == 1 else folder for end, folder in zip(ends, folders, strict=True)]
     return [
-        Study(name if names.count(name) == 1 else f"{name} ({folder})", tables, file)
-        for name, (folder, tables, file) in zip(names, found, strict=True)
+        Study(name if names.count(name) == 1 else f"{name} ({place})", tables, file)
+        for name, place, (_, tables, file) in zip(names, known, found, strict=True)
     ]
 
 
@@ -176,6 +179,9 @@ def _compared_table(compared: pa.Table) -> str:
                 text = "" if value is None else f"{value:,}"
             else:
                 text = "" if value is None else str(value)
-            cells.append(page.cell(text, value if name in numbers else None, number=name in numbers))
+            if name == "description":
+                cells.append(f'<td class="long">{html.escape(text)}</td>')
+            else:
+                cells.append(page.cell(text, value if name in numbers else None, number=name in numbers))
         body += f"<tr>{''.join(cells)}</tr>"
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"

@@ -37,7 +37,8 @@ def importance(trials: pa.Table, objective: Objective) -> pa.Table:
 
     PED-ANOVA (arXiv:2304.10255) as Optuna has it: how unlike the values of a field are among the best
     TARGET_QUANTILE of the trials and among all. Its 90 % intervals are of resamples of the trials with
-    replacement; trials are of one number of tokens. Fields that took one value have no importance.
+    replacement; trials are of one number of tokens. Fields that took one value have no importance,
+    and of one field alone there is no share.
 
     Args:
         trials: of one arm; another arm's trials do not have the same fields.
@@ -46,7 +47,7 @@ def importance(trials: pa.Table, objective: Objective) -> pa.Table:
     names = [
         name for name in searched_fields(trials) if len({_plain(row[name]) for row, _ in pairs} - {None}) > 1
     ]
-    if len(pairs) < MIN_TRIALS or not names:
+    if len(pairs) < MIN_TRIALS or len(names) < 2:
         return IMPORTANCE_SCHEMA.empty_table()
     frozen = _frozen(pairs, names, objective)
     whole = _evaluate(frozen, names, objective)

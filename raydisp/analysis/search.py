@@ -46,7 +46,7 @@ SURFACE_SCHEMA = pa.schema([("weight", pa.float64()), ("temperature", pa.float64
 
 MIN_SURFACE_POINTS = 10
 """Distinct doses without which a surface over weight and temperature would be invention."""
-SURFACE_STEPS = 40
+SURFACE_STEPS = 60
 
 PARALLEL_SCHEMA = pa.schema(
     [

@@ -52,7 +52,7 @@ def summarise(trials: pa.Table, *objectives: Objective) -> tuple[str, ...]:
     arms = search_arms(trials)
     if len(arms) > 1:
         return tuple(
-            f"{arm}: {sentence[:1].lower()}{sentence[1:]}"
+            f"{arm}: {_begun(sentence)}"
             for arm in arms
             for sentence in summarise(of_arm(trials, arm), *objectives)
         )
@@ -63,6 +63,11 @@ def summarise(trials: pa.Table, *objectives: Objective) -> tuple[str, ...]:
         _objective_sentence(trials, one, row, baseline) for one, row in zip(objectives, best, strict=True)
     ]
     return (*front, *told, _condensation_sentence(best[0], baseline))
+
+
+def _begun(sentence: str) -> str:
+    """A sentence as it goes on after a colon."""
+    return sentence if sentence.startswith("Pareto") else f"{sentence[:1].lower()}{sentence[1:]}"
 
 
 def _front_sentence(trials: pa.Table, objectives: Sequence[Objective], baseline: Row | None) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydisp.analysis.rows import Row, best_trial, of_arm, search_arms
+from raydisp.analysis.rows import Row, baseline_row, best_trial, of_arm, search_arms
 from raydisp.results import Tables
 from raydisp.search_config import Objective
 
@@ -80,11 +80,12 @@ def _chosen(trials: pa.Table, objective: Objective) -> dict[int, str]:
     rows = trials.filter(pc.equal(trials["phase"], "search")).select(["trial", "arm", "status"]).to_pylist()
     best = [best_trial(of_arm(trials, arm), objective) for arm in search_arms(trials)]
     bests = {row["trial"] for row in best if row is not None}
+    baseline = baseline_row(trials, objective)
 
     def kind(row: Row) -> str:
         if row["trial"] in bests:
             return "best"
-        if row["arm"] == "baseline":
+        if baseline is not None and row["trial"] == baseline["trial"]:
             return "baseline"
         return "pruned" if row["status"] == "pruned" else "other"
 

@@ -20,6 +20,7 @@ from raydisp.figures.chart import (
     Panel,
     Plot,
     Points,
+    linear_axis,
     point_opacity,
     point_size,
     shortened,
@@ -142,12 +143,17 @@ def trend_panel(tables: Tables, objective: Objective) -> Panel:
     """Mean cosine of each layer over training, for the baseline and the best trial."""
     title = "Condensation over training"
     plots = []
-    names = []
-    for place, (name, trial) in enumerate(_shown(tables, objective)):
-        rows = analysis.layer_trend(tables.layers, trial).to_pylist() if tables.layers.num_rows else []
-        if len({row["num_tokens"] for row in rows}) < 2:
-            continue
-        names.append(name)
+    trends = [
+        (name, analysis.layer_trend(tables.layers, trial).to_pylist())
+        for name, trial in _shown(tables, objective)
+    ]
+    trends = [(name, rows) for name, rows in trends if len({row["num_tokens"] for row in rows}) > 1]
+    # One range for both, or the pictures would not compare.
+    values = [row["cosine_mean"] for _, rows in trends for row in rows if row["cosine_mean"] is not None]
+    axis = Axis("mean cosine between tokens")
+    if values:
+        axis = linear_axis(axis.title, min(values), max(values))
+    for place, (name, rows) in enumerate(trends):
         numbers = sorted({row["layer"] for row in rows})
         told = {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
         marks: list[Mark] = []
@@ -164,7 +170,7 @@ def trend_panel(tables: Tables, objective: Objective) -> Panel:
                     legend=number in told,
                 )
             )
-        chart = Chart(Axis("tokens seen"), Axis("mean cosine between tokens"), marks)
+        chart = Chart(Axis("tokens seen"), axis, marks)
         plots.append(Plot(f"trend-{place}", name, chart))
     if not plots:
         return Panel(
@@ -172,9 +178,9 @@ def trend_panel(tables: Tables, objective: Objective) -> Panel:
         )
     sentence = (
         "Mean cosine between the tokens of a sequence (no unit) of every layer at each evaluation, against "
-        "the tokens seen; dark is the embedding output, light the last layer."
+        "the tokens seen; from violet, the embedding output, to yellow-green, the last layer."
     )
-    return Panel(title, sentence + _absent(names), plots)
+    return Panel(title, sentence + _absent([name for name, _ in trends]), plots)
 
 
 def against_panel(trials: pa.Table, objective: Objective) -> Panel:

@@ -55,7 +55,7 @@ def dose_panel(trials: pa.Table, objective: Objective, *, first: bool = True) ->
     sentence = (
         f"{words.capitalised(MEASURES[metric].label)} of each completed search trial against the weight "
         f"of the dispersion loss (no unit, {'logarithmic' if log else 'linear'} axis), by the layers it acts "
-        f"on; the ring is the best trial{words.dashes(trials, objective)}; {words.unit(metric)}."
+        f"on; the ring is the best of them{words.dashes(trials, objective)}; {words.unit(metric)}."
     )
     if all(len({dose[field] for dose in relative}) > 1 for field in ("weight", "temperature")):
         axis = "weight / temperature"
@@ -126,19 +126,9 @@ def _dose_plot(
                 hover=words.hover_texts(trials, [dose["trial"] for dose in group], objective),
             )
         )
-    best = analysis.best_trial(trials, objective)
-    for dose in doses:
-        if best is not None and dose["trial"] == best["trial"]:
-            marks.append(
-                Points(
-                    f"best: trial {dose['trial']}",
-                    [dose[column]],
-                    [dose["value"]],
-                    colour=INK,
-                    symbol="circle-open",
-                    size=17,
-                )
-            )
+    best = (min if objective.mode == "min" else max)(doses, key=lambda dose: dose["value"])
+    name = f"best: trial {best['trial']}"
+    marks.append(Points(name, [best[column]], [best["value"]], colour=INK, symbol="circle-open", size=17))
     if confirmed_arms:
         digits = MEASURES[objective.metric].digits
         marks.append(
@@ -203,7 +193,7 @@ def surface_panel(trials: pa.Table, objective: Objective) -> Panel:
     weights, temperatures = columns["weight"][::SURFACE_STEPS], columns["temperature"][:SURFACE_STEPS]
     values = columns["value"]
     z = [[values[i * SURFACE_STEPS + j] for i in range(SURFACE_STEPS)] for j in range(SURFACE_STEPS)]
-    best = analysis.best_trial(trials, objective)
+    best = (min if objective.mode == "min" else max)(doses, key=lambda dose: dose["value"])
     marks: list[Mark] = [
         Grid(
             weights,
@@ -232,14 +222,10 @@ def surface_panel(trials: pa.Table, objective: Objective) -> Panel:
             hover=words.hover_texts(trials, [dose["trial"] for dose in doses], objective),
         ),
     ]
-    for dose in doses:
-        if best is not None and dose["trial"] == best["trial"]:
-            name = f"best: trial {dose['trial']}"
-            marks.append(
-                Points(
-                    name, [dose["weight"]], [dose["temperature"]], colour=INK, symbol="circle-open", size=17
-                )
-            )
+    name = f"best: trial {best['trial']}"
+    marks.append(
+        Points(name, [best["weight"]], [best["temperature"]], colour=INK, symbol="circle-open", size=17)
+    )
     chart = Chart(
         log_axis("dispersion weight", min(weights), max(weights)),
         log_axis("temperature", min(temperatures), max(temperatures)),

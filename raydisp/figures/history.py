@@ -64,7 +64,9 @@ def history_panel(trials: pa.Table, objective: Objective) -> Panel:
             )
         )
     ends = (rows[0]["trial"] - 0.5, rows[-1]["trial"] + 0.5)
-    marks += baseline_line(trials, objective, ends)
+    marks += baseline_line(
+        trials, objective, ends, name="baseline's best" if "baseline" in arms else "baseline"
+    )
     ticks = tuple((row["trial"], str(row["trial"])) for row in rows) if len(rows) <= 12 else None
     sentence = (
         "Each point is a completed search trial, the line is the best so far"
@@ -77,13 +79,15 @@ def history_panel(trials: pa.Table, objective: Objective) -> Panel:
     )
 
 
-def baseline_line(trials: pa.Table, objective: Objective, ends: tuple[float, float]) -> list[Mark]:
+def baseline_line(
+    trials: pa.Table, objective: Objective, ends: tuple[float, float], *, name: str = "baseline"
+) -> list[Mark]:
     """The baseline as a dashed line between two places of x; nothing where it does not compare."""
     value = analysis.compared_baseline(trials, objective)
     if value is None:
         return []
     digits = f".{MEASURES[objective.metric].digits}f"
-    return [Line("baseline", list(ends), [value, value], width=1.5, dash="dash", template=digits)]
+    return [Line(name, list(ends), [value, value], width=1.5, dash="dash", template=digits)]
 
 
 def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:
@@ -116,7 +120,7 @@ def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:
         (
             "other trials",
             [t for t in paths if t not in best],
-            (MUTED, 1.0, 0.5 if len(paths) <= 100 else 0.2),
+            (MUTED, 1.0, 0.5 if len(paths) <= 100 else 0.3),
         ),
         (
             "best tenth" if len(best) > 1 else "best trial",
@@ -131,7 +135,7 @@ def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:
     told = labels.to_pylist()
     marks.append(
         Texts(
-            [by_name[row["name"]] for row in told],
+            [by_name[row["name"]] + 0.02 for row in told],
             [row["place"] for row in told],
             [shortened(row["text"], 14) for row in told],
         )
@@ -180,7 +184,7 @@ def importance_panel(trials: pa.Table, objective: Objective) -> Panel:
             number = len(analysis.scored(own, objective))
             who = f"{arm}: " if len(arms) > 1 else ""
             few = f"{number} comparable trials, fewer than {MIN_TRIALS}"
-            reasons.append(who + (few if number < MIN_TRIALS else "no searched field varied"))
+            reasons.append(who + (few if number < MIN_TRIALS else "fewer than two searched fields varied"))
             continue
         capped = capped or rows[0]["num_trials"] > MAX_RESAMPLED
         spots = [-float(number) for number in range(len(rows))]
@@ -212,8 +216,8 @@ def importance_panel(trials: pa.Table, objective: Objective) -> Panel:
     if not plots:
         return Panel(title, f"No figure: {'; '.join(reasons) or 'no search trial has completed'}.")
     sentence = (
-        f"How much each searched field decided whether a trial is among the best {TARGET_QUANTILE:.0%} by "
-        f"{objective.metric} (PED-ANOVA; shares of the sum, no unit), at equal tokens; the bars are 90 % "
+        f"How much each searched field decided whether a trial is among the best {100 * TARGET_QUANTILE:g} % "
+        f"by {objective.metric} (PED-ANOVA; shares of the sum, no unit), at equal tokens; the bars are 90 % "
         "intervals over resamples of the trials"
         + (f" (of {MAX_RESAMPLED} each)" if capped else "")
         + ", and say nothing of other seeds."

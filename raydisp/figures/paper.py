@@ -16,6 +16,7 @@ from raydisp.storage import join, write_bytes
 
 WIDTH_IN, HEIGHT_IN = 3.4, 2.6
 """A column of a page of two."""
+LEGEND_LINE_IN = 0.14
 DPI = 300
 MAX_FRAMES = 4
 """Pictures of a sequence that lie side by side."""
@@ -103,6 +104,8 @@ def draw(plot: Plot) -> Any:
     if handles:
         widest = max(len(label) for label in labels)
         columns = max(1, min(len(labels), 52 // (widest + 6)))
+        # A legend of many lines does not take its room from the drawing.
+        figure.set_figheight(height + LEGEND_LINE_IN * (math.ceil(len(labels) / columns) - 1))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
@@ -128,7 +131,7 @@ def _draw_axes(axes: Any, chart: Chart, number: int, num_frames: int) -> None:
     if num_frames == 1 or number == num_frames // 2:
         axes.set_xlabel("\n".join(textwrap.wrap(chart.x.title, 56)))
     if number == 0:
-        axes.set_ylabel("\n".join(textwrap.wrap(chart.y.title, 40)))
+        axes.set_ylabel("\n".join(textwrap.wrap(chart.y.title, 30)))
     _scale(axes, "x", chart.x)
     _scale(axes, "y", chart.y)
 
@@ -145,7 +148,7 @@ def _scale(axes: Any, name: str, axis: Axis) -> None:
     if axis.ticks is not None:
         one.set_ticks([place for place, _ in axis.ticks], [text for _, text in axis.ticks])
     elif not axis.log:
-        one.set_major_locator(ticker.MaxNLocator(6, integer=axis.whole))
+        one.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10], integer=axis.whole))
         one.set_major_formatter(ticker.FuncFormatter(_tick_text))
     axes.grid(axis.grid, axis=name)
 

@@ -34,7 +34,7 @@ def verdicts_panel(judged: Mapping[str, Sequence[Row]]) -> Panel:
         bands = [Band("", "x", -bound, bound, legend=False) for bound in bounds] if len(bounds) == 1 else []
         chart = Chart(
             Axis(f"{label}, arm minus baseline ({unit})"),
-            _names_axis([f"{study}: {row['arm']}" for study, row in pairs]),
+            _names_axis([(study, row["arm"]) for study, row in pairs]),
             [
                 *bands,
                 Rule(0),
@@ -80,7 +80,7 @@ def gain_panel(compared: pa.Table) -> Panel:
         unit = MEASURES[metric].unit or "no unit"
         chart = Chart(
             Axis(f"{MEASURES[metric].label}, best minus baseline ({unit})"),
-            _names_axis([f"{row['study']}: {row['arm']}" for row in own]),
+            _names_axis([(row["study"], row["arm"]) for row in own]),
             [
                 Rule(0),
                 Points(
@@ -142,6 +142,10 @@ def profiles_panel(studies: Sequence[tuple[str, Tables, Objective]]) -> Panel:
     return Panel(title, sentence, [Plot("profiles", "", chart)])
 
 
-def _names_axis(names: Sequence[str]) -> Axis:
-    ticks = tuple((0.0 - place, shortened(name, 32)) for place, name in enumerate(names))
+def _names_axis(names: Sequence[tuple[str, str]]) -> Axis:
+    """Rows named by their study and arm."""
+    ticks = tuple(
+        (0.0 - place, f"{shortened(study, 20)}: {shortened(arm, 16)}")
+        for place, (study, arm) in enumerate(names)
+    )
     return Axis("", ends=(-len(names) + 0.4, 0.6), ticks=ticks, grid=False)

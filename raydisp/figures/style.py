@@ -19,8 +19,8 @@ STYLES = [
 ]
 OTHER_STYLE = (MUTED, "star")
 
-# From the embedding output to the last layer.
-DEPTH_COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151")
+# From the embedding output to the last layer; readable on white and on black.
+DEPTH_COLOURS = ("#8a4fb0", "#4a6fc0", "#2a8ca0", "#2fa968", "#a8b022")
 
 
 def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:

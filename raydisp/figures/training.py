@@ -6,7 +6,7 @@ from raydisp import analysis
 from raydisp.analysis import Row
 from raydisp.analysis.training import CURVE_MEASURES, MAX_CURVE_POINTS, MAX_CURVES
 from raydisp.figures.chart import Axis, Chart, Line, Mark, Number, Panel, Plot, Points, shortened
-from raydisp.figures.style import ACCENT, INK, MUTED, STYLES, WARN
+from raydisp.figures.style import ACCENT, INK, MUTED, WARN
 from raydisp.results import STATUSES, Tables
 from raydisp.search_config import Objective
 
@@ -16,6 +16,9 @@ _LABELS = {
     "grad_norm": "gradient norm (before clipping, no unit)",
     "val_loss": "validation loss (nats per token)",
 }
+MAX_STARTS = 200
+"""Bars that are told apart by a stroke at their start: more would hide them."""
+_STATUS_COLOURS = dict(zip(STATUSES, (ACCENT, "#e69f00", WARN, "#cc79a7", MUTED), strict=True))
 _KINDS = {
     "other": ("other trials", MUTED, 1.0, "solid", 0.5),
     "pruned": ("pruned", WARN, 1.0, "solid", 0.7),
@@ -31,10 +34,11 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
     if not rows:
         return Panel(title, "No figure: no trial of the search has rows of steps or evaluations.")
     plots = []
+    several = len(analysis.search_arms(tables.trials)) > 1
     for measure in CURVE_MEASURES:
         own = [row for row in rows if row["measure"] == measure]
         if own:
-            chart = Chart(Axis("tokens seen"), Axis(_LABELS[measure]), _curves(own))
+            chart = Chart(Axis("tokens seen"), Axis(_LABELS[measure]), _curves(own, several=several))
             title_of_plot = _LABELS[measure].split(" (")[0]
             plots.append(Plot(f"curve-{measure.replace('_', '-')}", title_of_plot, chart))
     num_drawn, num_all = (
@@ -55,7 +59,7 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
     return Panel(title, sentence, plots)
 
 
-def _curves(rows: list[Row]) -> list[Mark]:
+def _curves(rows: list[Row], *, several: bool) -> list[Mark]:
     marks: list[Mark] = []
     for kind, (name, colour, width, dash, opacity) in _KINDS.items():
         paths: dict[int, list[Row]] = {}
@@ -74,7 +78,7 @@ def _curves(rows: list[Row]) -> list[Mark]:
         symbol = "circle" if all(len(path) < 12 for path in paths.values()) and kind != "other" else ""
         marks.append(
             Line(
-                name,
+                "best of each arm" if kind == "best" and several else name,
                 x,
                 y,
                 colour=colour,
@@ -115,7 +119,7 @@ def time_line_panel(tables: Tables) -> Panel:
     )
     marks: list[Mark] = []
     known = [status for status in STATUSES if any(row["status"] == status for row in rows)]
-    for status, (colour, _) in zip(STATUSES, STYLES, strict=False):
+    for status, colour in _STATUS_COLOURS.items():
         own = [row for row in rows if row["status"] == status]
         if status not in known:
             continue
@@ -132,17 +136,10 @@ def time_line_panel(tables: Tables) -> Panel:
             y += [place, place, None]
             hover += [text, text, ""]
         marks.append(Line(status, x, y, colour=colour, width=9, hover=hover))
-        marks.append(
-            Points(
-                "start",
-                x[::3],
-                y[::3],
-                colour=INK,
-                symbol="line-ns-open",
-                size=11 if len(rows) <= 200 else 4,
-                legend=False,
+        if len(rows) <= MAX_STARTS:
+            marks.append(
+                Points("start", x[::3], y[::3], colour=INK, symbol="line-ns-open", size=11, legend=False)
             )
-        )
     hosts = list(dict.fromkeys(host for host, _ in lanes))
     ticks = tuple((places[host, 0], shortened(host, 20)) for host in hosts)
     chart = Chart(
