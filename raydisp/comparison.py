@@ -54,7 +54,7 @@ class Study:
 
 
 def named(found: Sequence[tuple[str, Tables, Mapping[str, Any]]]) -> list[Study]:
-    """Studies under names that tell them apart.
+    """Studies under names that tell them apart: their own, or their folders'.
 
     Args:
         found: the folder, the tables and the study file of each.
@@ -64,7 +64,7 @@ def named(found: Sequence[tuple[str, Tables, Mapping[str, Any]]]) -> list[Study]
     ends = [folder.rsplit("/", 1)[-1] for folder in folders]
     known = [end if ends.count(end) == 1 else folder for end, folder in zip(ends, folders, strict=True)]
     return [
-        Study(name if names.count(name) == 1 else f"{name} ({place})", tables, file)
+        Study(name if names.count(name) == 1 else place, tables, file)
         for name, place, (_, tables, file) in zip(names, known, found, strict=True)
     ]
 

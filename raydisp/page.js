@@ -36,7 +36,7 @@ function fit(layout, width) {
     const every = Math.ceil(axis.tickvals.length / room), kept = (_, i) => i % every === 0;
     Object.assign(axis, { tickvals: axis.tickvals.filter(kept), ticktext: axis.ticktext.filter(kept) });
   }
-  if (width < 480) layout.legend = { ...layout.legend, font: { size: 11 } };
+  if (width < 480) layout.legend = { ...layout.legend, font: { size: width < 360 ? 10 : 11 } };
 }
 draw(prefersDark.matches, false);
 prefersDark.addEventListener("change", () => draw(prefersDark.matches, false));

@@ -403,8 +403,8 @@ def test_studies_are_compared_with_their_own_baselines(
     gains = traces(made.figures["gain-0"])["best"]["x"]
     assert gains[0] == pytest.approx(best - small.trials["val_loss"][0].as_py())
     assert len(gains) == 3
-    assert "weight_search (two): dispersion helps" in made.text
-    assert "weight_search (empty): No search trial completed" in made.text
+    assert "two: dispersion helps" in made.text
+    assert "empty: No search trial completed" in made.text
     assert not list(tmp_path.glob("*/report.html"))
 
 

@@ -16,7 +16,7 @@ _LABELS = {
     "grad_norm": "gradient norm (before clipping, no unit)",
     "val_loss": "validation loss (nats per token)",
 }
-MAX_STARTS = 200
+MAX_STARTS = 100
 """Bars that are told apart by a stroke at their start: more would hide them."""
 _STATUS_COLOURS = dict(zip(STATUSES, (ACCENT, "#e69f00", WARN, "#cc79a7", MUTED), strict=True))
 _KINDS = {
