@@ -107,11 +107,14 @@ def results_table(trials: pa.Table, objective: Objective) -> str:
     metric = objective.metric
     best, baseline = analysis.best_trial(trials, objective), analysis.baseline_row(trials, objective)
     fields = analysis.searched_fields(trials)
-    shown = ["val_loss", "val_bits_per_byte", "layer_cosine_mean", "spearman"]
+    confirmed = CONFIRM in trials["phase"].to_pylist()
+    shown = ["val_loss", *(["test_loss"] if confirmed else [])]
+    shown += ["val_bits_per_byte", "layer_cosine_mean", "spearman"]
     measures = list(dict.fromkeys([metric, *shown]))
     rows = trials.to_pylist()
 
     heads = [head("trial", number=True), head("arm"), head("status")]
+    heads += [head("phase"), head("seed", number=True)] if confirmed else []
     heads += [head(name, number=_is_number(trials, name)) for name in fields]
     heads += [head(metric, MEASURES[metric].unit, number=True), head("against baseline", number=True)]
     heads += [head(name, MEASURES[name].unit, number=True) for name in measures[1:]]
@@ -122,6 +125,10 @@ def results_table(trials: pa.Table, objective: Objective) -> str:
         is_best = best is not None and row["trial"] == best["trial"]
         arm = html.escape(str(row["arm"])) + (' <span class="tag">best</span>' if is_best else "")
         cells = [cell(str(row["trial"]), row["trial"]), f"<td>{arm}</td>", _status_cell(row)]
+        if confirmed:
+            seed = row["seed"]
+            cells.append(f"<td>{html.escape(str(row['phase']))}</td>")
+            cells.append(cell("" if seed is None else str(seed), seed, number=True))
         cells += [
             cell(analysis.format_value(row[name]), row[name] if _is_number(trials, name) else None)
             for name in fields
@@ -200,10 +207,11 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
     return assemble(
         kicker="raydisp study",
         name=study_name(trials, study),
-        leads=judged.sentences or sentences,
+        leads=judged.leads or sentences,
         facts=f"<dl>{known}</dl>",
         panels=study_panels(tables, objectives),
-        search=_search_html(sentences) if judged.sentences else "",
+        search=_list_section("What else the confirm phase says", judged.notes)
+        + (_list_section("The search that came before", sentences) if judged.leads else ""),
         tables=table_section(
             "Trials",
             results_table(trials, objectives[0]),
@@ -278,7 +286,9 @@ def table_section(title: str, table: str, note: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Verdict:
-    sentences: tuple[str, ...] = ()
+    leads: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else a reader must know."""
     panels: tuple[Panel, ...] = ()
 
 
@@ -287,15 +297,25 @@ def _verdict(trials: pa.Table) -> _Verdict:
     if CONFIRM not in trials["phase"].to_pylist():
         return _Verdict()
     try:
-        return _Verdict(verdict.sentences(trials), (verdict_panel(verdict.verdicts(trials), trials),))
+        sentences, verdicts = verdict.sentences(trials), verdict.verdicts(trials)
+        told = verdicts["sentence"].to_pylist()
+        # What was compared, whether it is over, and each arm's verdict; the rest would bury them.
+        first = sentences.index(told[0])
+        return _Verdict(
+            (*sentences[:first], *told),
+            tuple(sentence for sentence in sentences[first:] if sentence not in told),
+            (verdict_panel(verdicts, trials),),
+        )
     except VerdictError as error:
         return _Verdict((f"The confirm phase cannot be judged: {error}.",))
 
 
-def _search_html(sentences: Sequence[str]) -> str:
-    """What the search found, below the verdict: leads that picked the arms, and no results."""
+def _list_section(title: str, sentences: Sequence[str]) -> str:
+    """A list of plain texts under a heading; nothing where there are none."""
+    if not sentences:
+        return ""
     items = "".join(f"<li>{html.escape(text)}</li>" for text in sentences)
-    return f"<section><h2>The search that came before</h2><ul>{items}</ul></section>"
+    return f'<section class="notes"><h2>{html.escape(title)}</h2><ul>{items}</ul></section>'
 
 
 def objectives_of(study: Mapping[str, Any]) -> list[Objective]:

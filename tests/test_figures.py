@@ -177,7 +177,9 @@ def test_fields_side_by_side() -> None:
     choices = [row["text"] for row in labels.to_pylist() if row["name"] == "dispersion.layers"]
     assert choices == ["all", "early_half", "last", "late_half"]
     drawn = marks(parallel_panel(trial_table(rows), VAL_LOSS), "parallel")
-    assert len(drawn["other trials"].x) == 6 * 5
+    lines = [*drawn["other trials"].y, *drawn["best trial"].y]
+    assert len(lines) == 7 * 5 - 1, "a line passes by the field that its trial did not have"
+    assert lines.count(None) == 7
 
 
 def test_importance_finds_the_field_that_matters_and_says_why_not() -> None:

@@ -129,7 +129,7 @@ def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:
         ),
     ):
         if group:
-            x, y = _joined([(list(range(len(names))), paths[trial]) for trial in group])
+            x, y = _joined([_known(paths[trial]) for trial in group])
             colour, width, opacity = look
             marks.append(Line(name, x, y, colour=colour, width=width, opacity=opacity))
     told = labels.to_pylist()
@@ -145,12 +145,18 @@ def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:
     up = Axis("", ends=(-0.06, 1.06), ticks=(), grid=False)
     sentence = (
         f"Each line is a completed search trial over the fields that were searched and its "
-        f"{objective.metric} ({words.unit(objective.metric)}); the bold ones are the best tenth, a gap is a "
-        "field that the trial did not have; numbers that span more than a factor of 20 are placed by their "
-        "logarithm."
+        f"{objective.metric} ({words.unit(objective.metric)}); the bold ones are the best tenth, and a line "
+        "passes by a field that its trial did not have; numbers that span more than a factor of 20 are "
+        "placed by their logarithm."
     )
     shown = [Plot("parallel", "", Chart(across, up, marks))]
     return Panel(title, sentence + words.unseen(trials, objective), shown)
+
+
+def _known(path: list[Number]) -> tuple[list[int], list[Number]]:
+    """The axes that a trial has a place on, and the places."""
+    numbers = [number for number, place in enumerate(path) if place is not None]
+    return numbers, [path[number] for number in numbers]
 
 
 def _joined(paths: list[tuple[list[int], list[Number]]]) -> tuple[list[Number], list[Number]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raydisp import analysis
 from raydisp.analysis import Row
 from raydisp.analysis.training import CURVE_MEASURES, MAX_CURVE_POINTS, MAX_CURVES
-from raydisp.figures.chart import Axis, Chart, Line, Mark, Number, Panel, Plot, Points, shortened
+from raydisp.figures.chart import Axis, Chart, Line, Mark, Number, Panel, Plot, Points, log_axis, shortened
 from raydisp.figures.style import ACCENT, INK, MUTED, WARN
 from raydisp.results import STATUSES, Tables
 from raydisp.search_config import Objective
@@ -38,8 +38,13 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
     for measure in CURVE_MEASURES:
         own = [row for row in rows if row["measure"] == measure]
         if own:
-            chart = Chart(Axis("tokens seen"), Axis(_LABELS[measure]), _curves(own, several=several))
-            title_of_plot = _LABELS[measure].split(" (")[0]
+            values = [row["value"] for row in own]
+            # One spike of the gradient would press all the rest onto the axis.
+            log = measure == "grad_norm" and min(values) > 0 and max(values) > 10 * min(values)
+            label = _LABELS[measure]
+            axis = log_axis(label, min(values), max(values)) if log else Axis(label)
+            chart = Chart(Axis("tokens seen"), axis, _curves(own, several=several))
+            title_of_plot = label.split(" (")[0]
             plots.append(Plot(f"curve-{measure.replace('_', '-')}", title_of_plot, chart))
     num_drawn, num_all = (
         len({row["trial"] for row in rows}),
