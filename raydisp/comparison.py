@@ -118,7 +118,6 @@ def render(studies: Sequence[Study]) -> str:
         leads=leads,
         facts="",
         panels=panels,
-        search="",
         tables=page.table_section(
             "Studies",
             _studies_table(studies),

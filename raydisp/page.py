@@ -210,8 +210,8 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
         leads=judged.leads or sentences,
         facts=f"<dl>{known}</dl>",
         panels=study_panels(tables, objectives),
-        search=_list_section("What else the confirm phase says", judged.notes)
-        + (_list_section("The search that came before", sentences) if judged.leads else ""),
+        notes=_list_section("What else the confirm phase says", judged.notes),
+        search=_list_section("The search that came before", sentences) if judged.leads else "",
         tables=table_section(
             "Trials",
             results_table(trials, objectives[0]),
@@ -241,7 +241,8 @@ def assemble(
     leads: Sequence[str],
     facts: str,
     panels: Sequence[Panel],
-    search: str,
+    notes: str = "",
+    search: str = "",
     tables: str,
     footer: str,
 ) -> str:
@@ -249,8 +250,9 @@ def assemble(
 
     Args:
         kicker, name, leads, footer: plain texts.
-        facts, search, tables: HTML.
+        facts, notes, search, tables: HTML; the notes come after the first panel.
     """
+    shown = [_panel_html(panel) for panel in panels if panel.plots]
     drawn = [f'"{plot.name}": {draw(plot.chart).to_json()}' for panel in panels for plot in panel.plots]
     return string.Template(_part("page.html")).substitute(
         kicker=html.escape(kicker),
@@ -258,7 +260,7 @@ def assemble(
         leads="".join(f'<p class="lead">{html.escape(text)}</p>' for text in leads),
         search=search,
         facts=facts,
-        panels="".join(_panel_html(panel) for panel in panels if panel.plots),
+        panels="".join([*shown[:1], notes, *shown[1:]]),
         left_out=_left_out_html([panel for panel in panels if not panel.plots]),
         tables=tables,
         footer=html.escape(footer),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import html
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from sample_studies import STUDY
 from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_row, trial_table
 from test_report import EVIL, read_page, traces
 
-from raydisp import analysis, comparison, report
+from raydisp import analysis, comparison, report, verdict
 from raydisp.analysis.training import MAX_CURVE_POINTS, MAX_CURVES, thin
 from raydisp.figures import build_panels
 from raydisp.figures.chart import Chart, Panel, log_ticks
@@ -343,6 +345,25 @@ def test_every_figure_has_one_sentence_with_units_and_is_drawn(tmp_path: Path, a
             assert any(word in panel.sentence for word in ("unit", "in nats", "(in ", " in s ", "minutes"))
             drawn = traces(made.figures[plot.name])
             assert drawn.keys() == traces(draw(plot.chart)).keys()
+
+
+def test_the_page_leads_with_the_verdicts_and_keeps_all_else(tmp_path: Path, armed: Any) -> None:
+    text = Path(report.build_report(sample_studies.write(tmp_path, armed))).read_text(encoding="utf-8")
+    sentences = verdict.sentences(armed.trials)
+    leads = [html.unescape(lead) for lead in re.findall(r'<p class="lead">(.*?)</p>', text)]
+    assert leads == [sentences[0], *verdict.verdicts(armed.trials)["sentence"].to_pylist()]
+    notes = [html.unescape(note) for note in re.findall(r"<li>(.*?)</li>", text)]
+    assert {*sentences} <= {*leads, *notes}
+    assert text.index("What else the confirm phase says") < text.index(">Search history<")
+    heads = re.sub(r"<wbr[^>]*>", "", text)
+    assert "<span>test_loss</span>" in heads
+    assert "<span>phase</span>" in heads
+
+
+def test_results_of_version_1_still_have_a_report(tmp_path: Path) -> None:
+    old = str(Path(__file__).parent / "results_v1")
+    made = read_page(report.build_report(old, out=str(tmp_path / "report.html")))
+    assert {"history", "profile", "curve-lm-loss", "time-line"} <= {*made.figures}
 
 
 def test_a_large_study_is_small_and_quick(tmp_path: Path) -> None:
