@@ -27,7 +27,9 @@ from raydisp.figures import build_panels
 from raydisp.figures.chart import Chart, Panel, log_ticks
 from raydisp.figures.condensation import against_panel, heat_map_panel, trend_panel
 from raydisp.figures.dose import dose_panel, surface_panel
-from raydisp.figures.history import front_panel, history_panel, importance_panel, parallel_panel
+from raydisp.figures.fields import importance_panel, parallel_panel
+from raydisp.figures.front import front_panel
+from raydisp.figures.history import history_panel
 from raydisp.figures.interactive import draw
 from raydisp.figures.paper import write_figures
 from raydisp.figures.training import curves_panel, time_line_panel

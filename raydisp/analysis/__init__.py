@@ -12,6 +12,7 @@ from raydisp.analysis.condensation import (
     layer_trend,
 )
 from raydisp.analysis.confirmed import confirmed_doses, costs
+from raydisp.analysis.fields import parallel_coordinates
 from raydisp.analysis.importance import importance
 from raydisp.analysis.measures import MEASURES, Measure, format_measure, format_value
 from raydisp.analysis.rows import (
@@ -35,7 +36,6 @@ from raydisp.analysis.search import (
     dose_of,
     dose_response,
     dose_surface,
-    parallel_coordinates,
     pareto_front,
     search_history,
 )

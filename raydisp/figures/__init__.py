@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from raydisp.figures.chart import Chart, Panel, Plot
 from raydisp.figures.condensation import against_panel, heat_map_panel, profile_panel, trend_panel
 from raydisp.figures.dose import dose_panel, surface_panel
-from raydisp.figures.history import front_panel, history_panel, importance_panel, parallel_panel
+from raydisp.figures.fields import importance_panel, parallel_panel
+from raydisp.figures.front import front_panel
+from raydisp.figures.history import history_panel
 from raydisp.figures.training import curves_panel, time_line_panel
 from raydisp.figures.verdict import cost_panel, verdict_panel
 from raydisp.results import Tables
