@@ -31,9 +31,10 @@ from raydisp.errors import (
     ModelError,
     RaydispError,
 )
+from raydisp.figures.paper import check_matplotlib, write_figures
 from raydisp.interrupts import terminate_as_interrupt
 from raydisp.measure import DEFAULT_MAX_TOKENS, DEFAULT_NUM_TEXTS, Measured, measure_condensation
-from raydisp.measure_page import render_page
+from raydisp.measure_page import build_panels, render_page
 from raydisp.trial_list import format_table
 from raydisp.versions import code_version, package_versions
 
@@ -183,8 +184,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
     if arguments.figures:
-        from raydisp.static_figures import check_matplotlib
-
         check_matplotlib()
     told = list(dict.fromkeys(arguments.models))
     named = [parse_model(one, trust_remote_code=arguments.trust_remote_code) for one in told]
@@ -485,15 +484,12 @@ class _Bar:
 
 
 def write_page(out: str, *, figures: bool = False) -> str:
-    """The page, and with `figures` the PNG files, of all models measured into a folder; returns its place."""
+    """The page, and with `figures` PNG and SVG files, of all models in a folder; returns its place."""
     found = measure_tables.read_models(out)
     place = storage.join(out, PAGE_NAME)
     storage.write_bytes(place, render_page(found).encode())
     if figures:
-        from raydisp.static_figures import draw_all
-
-        for name, content in draw_all(found):
-            storage.write_bytes(storage.join(out, "figures", name), content)
+        write_figures(build_panels(found), storage.join(out, "figures"))
     return place
 
 

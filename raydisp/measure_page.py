@@ -11,28 +11,23 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-import plotly.graph_objects as go
 import plotly.offline
 
 from raydisp import page
 from raydisp.analysis import LayerProfile
-from raydisp.figures import (
-    DARK_COLOURS,
-    LAYER_STYLES,
-    MUTED,
-    Panel,
-    Plot,
-    empty_figure,
-    log_ticks,
-    plotly_text,
-)
+from raydisp.figures.chart import Axis, Chart, Grid, Line, Mark, Panel, Plot, Points, log_ticks
+from raydisp.figures.interactive import draw
+from raydisp.figures.style import DARK_COLOURS, MUTED, STYLES
 from raydisp.measure_tables import Row
+from raydisp.page import cell, head
 from raydisp.results import NUM_HISTOGRAM_BINS
 
 Model = tuple[Row, list[Row]]
 """A row of `models` and its rows of `condensation`, by layer."""
 
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = ("solid", "dash", "dot")
+
+DEPTH_TICKS = tuple((place / 4, f"{place / 4:g}") for place in range(5))
 
 BY_DEPTH = (
     ("cosine", "mean cosine", "cosine_mean", "cosine_stderr"),
@@ -59,7 +54,7 @@ _CLEAR_TREND = 0.5
 def render_page(models: Sequence[Model]) -> str:
     """The page of all models, smallest first."""
     panels = build_panels(models)
-    drawn = [f'"{plot.name}": {plot.figure.to_json()}' for panel in panels for plot in panel.plots]
+    drawn = [f'"{plot.name}": {draw(plot.chart).to_json()}' for panel in panels for plot in panel.plots]
     leads = [*sentences(models), *cautions(models)]
     return string.Template(page.read_part("measure.html")).substitute(
         leads="".join(f'<p class="lead">{html.escape(text)}</p>' for text in leads),
@@ -278,44 +273,41 @@ def _heat_maps(models: Sequence[Model], column: str, prefix: str) -> list[Plot]:
     ]
 
 
-def _heat_map(one: LayerProfile, top: float | None, lowest: float) -> go.Figure:
-    figure = empty_figure("depth (fraction of the layers)", "cosine between tokens")
+def _heat_map(one: LayerProfile, top: float | None, lowest: float) -> Chart:
     nothing: list[float | None] = [None] * NUM_HISTOGRAM_BINS
     columns = [layer or nothing for layer in one.density()]
-    figure.add_heatmap(
-        x=one.depth_frac,
-        y=bin_centres(),
-        z=[list(row) for row in zip(*columns, strict=True)],
-        zmin=0,
-        zmax=top,
-        colorscale="Viridis",
-        colorbar={
-            "title": {"text": "density", "side": "right", "font": {"size": 13}},
-            "thickness": 10,
-            "outlinewidth": 0,
-            "nticks": 5,
-        },
-        hovertemplate="depth %{x:.2f}, cosine %{y:.2f}: %{z:.2f}<extra></extra>",
+    return Chart(
+        Axis("depth (fraction of the layers)", ticks=DEPTH_TICKS, grid=False),
+        Axis("cosine between tokens", ends=(lowest, 1.0), grid=False),
+        [
+            Grid(
+                one.depth_frac,
+                bin_centres(),
+                [("", [list(row) for row in zip(*columns, strict=True)])],
+                label="density",
+                low=0.0,
+                high=top,
+                x_name="depth",
+                y_name="cosine",
+            ),
+            # Not INK: on the page's dark side that changes, and the map stays as it is.
+            Line(
+                "mean",
+                one.depth_frac,
+                one.cosine_mean,
+                colour="#ffffff",
+                dash="dot",
+                template=".3f",
+                legend=False,
+            ),
+        ],
     )
-    # Not INK: on the page's dark side that changes, and the map stays as it is.
-    figure.add_scatter(
-        x=one.depth_frac,
-        y=one.cosine_mean,
-        mode="lines",
-        line={"color": "#ffffff", "width": 2, "dash": "dot"},
-        hovertemplate="depth %{x:.2f}: mean %{y:.3f}<extra></extra>",
-        showlegend=False,
-    )
-    figure.update_yaxes(range=[lowest, 1], showgrid=False, zeroline=False)
-    figure.update_xaxes(showgrid=False, tickvals=[0, 0.25, 0.5, 0.75, 1])
-    return figure
 
 
 def styles(number: int) -> list[tuple[str, str, str]]:
-    """(colour, symbol, dash) of each of so many models: no two are alike up to 24."""
+    """(colour, symbol, dash) of each of so many models: no two are alike up to 18."""
     return [
-        (*LAYER_STYLES[place % len(LAYER_STYLES)], DASHES[place // len(LAYER_STYLES) % len(DASHES)])
-        for place in range(number)
+        (*STYLES[place % len(STYLES)], DASHES[place // len(STYLES) % len(DASHES)]) for place in range(number)
     ]
 
 
@@ -326,22 +318,22 @@ def depth_panel(models: Sequence[Model]) -> Panel:
         return Panel(title, "No figure: no model is there.")
     plots = []
     for short, label, column, stderr in BY_DEPTH:
-        figure = empty_figure("depth (fraction of the layers)", label)
-        for name, (_, layers), (colour, symbol, dash) in zip(
-            names(models), models, styles(len(models)), strict=True
-        ):
-            figure.add_scatter(
-                name=plotly_text(name),
-                x=[row["depth_frac"] for row in layers],
-                y=[row[column] for row in layers],
-                mode="lines+markers",
-                line={"color": colour, "width": 2, "dash": dash},
-                marker={"symbol": symbol, "size": 6},
-                hovertext=[_hover(name, row, column, stderr) for row in layers],
-                hoverinfo="text",
+        lines = [
+            Line(
+                name,
+                [row["depth_frac"] for row in layers],
+                [row[column] for row in layers],
+                colour=colour,
+                dash=dash,
+                symbol=symbol,
+                hover=[_hover(name, row, column, stderr) for row in layers],
             )
-        figure.update_xaxes(tickvals=[0, 0.25, 0.5, 0.75, 1])
-        plots.append(Plot(f"depth-{short}", label, figure))
+            for name, (_, layers), (colour, symbol, dash) in zip(
+                names(models), models, styles(len(models)), strict=True
+            )
+        ]
+        chart = Chart(Axis("depth (fraction of the layers)", ticks=DEPTH_TICKS), Axis(label), lines)
+        plots.append(Plot(f"depth-{short}", label, chart))
     return Panel(
         title,
         "Means over the texts (cosines have no unit; 1: all tokens point the same way). Centred: after "
@@ -356,7 +348,7 @@ def depth_panel(models: Sequence[Model]) -> Panel:
 
 def _hover(name: str, row: Row, column: str, stderr: str) -> str:
     error = "" if row[stderr] is None else f" ± {row[stderr]:.4g}"
-    return plotly_text(f"{name}, layer {row['layer']}: {value_text(row[column])}{error}")
+    return f"{name}, layer {row['layer']}: {value_text(row[column])}{error}"
 
 
 def size_panel(models: Sequence[Model]) -> Panel:
@@ -372,41 +364,44 @@ def size_panel(models: Sequence[Model]) -> Panel:
             title,
             "No figure: it takes two models of different size. Measure more of a family into this folder.",
         )
+    sizes = [row["num_parameters"] for _, row, _ in placed]
+    low, high = min(sizes) / 1.4, max(sizes) * 1.4
+    ticks = tuple((value, parameters(round(value))) for value, _ in log_ticks(low, high))
     plots = []
     for short, label, column, stderr in BY_SIZE:
-        figure = empty_figure("parameters (log scale)", label)
         drawn = [(name, row, style) for name, row, style in placed if row[column] is not None]
-        figure.add_scatter(
-            x=[row["num_parameters"] for _, row, _ in drawn],
-            y=[row[column] for _, row, _ in drawn],
-            mode="lines",
-            line={"color": MUTED, "width": 1},
-            hoverinfo="skip",
-            showlegend=False,
-        )
-        for name, row, (colour, symbol, _) in drawn:
-            error = row[stderr] if stderr else None
-            figure.add_scatter(
-                name=plotly_text(name),
-                x=[row["num_parameters"]],
-                y=[row[column]],
-                error_y=None if error is None else {"type": "data", "array": [error], "color": colour},
-                mode="markers",
-                marker={"color": colour, "symbol": symbol, "size": 10},
-                hovertext=plotly_text(
-                    f"{name} ({parameters(row['num_parameters'])}): {value_text(row[column])}"
-                ),
-                hoverinfo="text",
+        marks: list[Mark] = [
+            Line(
+                "by size",
+                [row["num_parameters"] for _, row, _ in drawn],
+                [row[column] for _, row, _ in drawn],
+                colour=MUTED,
+                width=1,
+                legend=False,
             )
-        sizes = [row["num_parameters"] for _, row, _ in placed]
-        low, high = min(sizes) / 1.4, max(sizes) * 1.4
-        ticks = log_ticks(low, high)
-        ticks["ticktext"] = [parameters(round(value)) for value in ticks["tickvals"]]
-        figure.update_xaxes(type="log", **ticks)
-        if short == "spearman":  # or a difference in the third digit would look like a collapse
-            figure.update_yaxes(range=[-1.08, 1.08])
-            figure.add_hline(y=0, line={"color": MUTED, "width": 1, "dash": "dot"})
-        plots.append(Plot(f"size-{short}", label, figure))
+        ]
+        if short == "spearman":
+            marks.append(
+                Line("none", [low, high], [0.0, 0.0], colour=MUTED, width=1, dash="dot", legend=False)
+            )
+        for name, row, (colour, symbol, _) in drawn:
+            value, error = row[column], row[stderr] if stderr else None
+            marks.append(
+                Points(
+                    name,
+                    [row["num_parameters"]],
+                    [value],
+                    colour=colour,
+                    symbol=symbol,
+                    size=10,
+                    hover=[f"{name} ({parameters(row['num_parameters'])}): {value_text(value)}"],
+                    y_ends=[] if error is None else [(value - error, value + error)],
+                )
+            )
+        # The whole range of a correlation: a difference in its third digit would else look like a collapse.
+        y = Axis(label, ends=(-1.08, 1.08) if short == "spearman" else None)
+        x = Axis("parameters (log scale)", log=True, ends=(low, high), ticks=ticks)
+        plots.append(Plot(f"size-{short}", label, Chart(x, y, marks)))
     return Panel(
         title,
         "Left: the Spearman correlation of the layer means with the layer number (near +1: the model "
@@ -422,7 +417,7 @@ def size_panel(models: Sequence[Model]) -> Panel:
 
 def models_table(models: Sequence[Model]) -> str:
     """The table of all models as HTML, everything in it escaped; sorted by the page's script."""
-    heads = [page.table_head("model")]
+    heads = [head("model")]
     measures: list[tuple[str, str]] = [
         ("spearman", "Spearman"),
         ("kendall", "Kendall"),
@@ -430,26 +425,22 @@ def models_table(models: Sequence[Model]) -> str:
         ("last_half_mean", "last half"),
         ("last_half_stderr", "±"),
     ]
-    heads += [page.table_head(label, number=True) for label in ("parameters", "layers", "hidden size")]
-    heads += [page.table_head(label, number=True) for _, label in measures]
-    heads += [page.table_head(label, number=True) for label in ("texts", "tokens")]
-    heads += [page.table_head("time", "seconds", number=True)]
+    heads += [head(label, number=True) for label in ("parameters", "layers", "hidden size")]
+    heads += [head(label, number=True) for _, label in measures]
+    heads += [head(label, number=True) for label in ("texts", "tokens")]
+    heads += [head("time", "seconds", number=True)]
     body = []
     for name, (row, _) in zip(names(models), models, strict=True):
-        cells = [page.table_cell(name)]
-        cells.append(page.table_cell(parameters(row["num_parameters"]), row["num_parameters"], number=True))
+        cells = [cell(name)]
+        cells.append(cell(parameters(row["num_parameters"]), row["num_parameters"], number=True))
         cells += [
-            page.table_cell(_whole(row[column]), row[column], number=True)
-            for column in ("num_layers", "hidden_size")
+            cell(_whole(row[column]), row[column], number=True) for column in ("num_layers", "hidden_size")
         ]
+        cells += [cell(value_text(row[column]), row[column], number=True) for column, _ in measures]
         cells += [
-            page.table_cell(value_text(row[column]), row[column], number=True) for column, _ in measures
+            cell(_whole(row[column]), row[column], number=True) for column in ("num_texts", "num_tokens")
         ]
-        cells += [
-            page.table_cell(_whole(row[column]), row[column], number=True)
-            for column in ("num_texts", "num_tokens")
-        ]
-        cells.append(page.table_cell(value_text(row["measure_s"], 1), row["measure_s"], number=True))
+        cells.append(cell(value_text(row["measure_s"], 1), row["measure_s"], number=True))
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 

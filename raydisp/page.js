@@ -15,8 +15,28 @@ function draw(dark, onPaper) {
     // Resizing to the window comes too late for the printer: give the size outright.
     const place = document.getElementById(id);
     if (onPaper) Object.assign(themed.layout, { width: place.clientWidth, height: place.clientHeight });
+    fit(themed.layout, place.clientWidth);
     Plotly.react(place, themed.data, themed.layout, config);
   }
+}
+// The title of an axis is one line, which a phone would cut off.
+function fit(layout, width) {
+  const most = Math.floor((width - 70) / 6.5), title = layout.xaxis.title;
+  if (title && title.text && title.text.length > most) {
+    const lines = [""];
+    for (const word of title.text.split(" ")) {
+      if (lines.at(-1) && (lines.at(-1) + " " + word).length > most) lines.push("");
+      lines.push((lines.pop() + " " + word).trim());
+    }
+    title.text = lines.join("<br>");
+  }
+  // On a log axis plotly draws all the ticks that it was given.
+  const axis = layout.xaxis, room = Math.max(2, Math.floor((width - 100) / 45));
+  if (axis.type === "log" && axis.tickvals.length > room) {
+    const every = Math.ceil(axis.tickvals.length / room), kept = (_, i) => i % every === 0;
+    Object.assign(axis, { tickvals: axis.tickvals.filter(kept), ticktext: axis.ticktext.filter(kept) });
+  }
+  if (width < 480) layout.legend = { ...layout.legend, font: { size: width < 360 ? 10 : 11 } };
 }
 draw(prefersDark.matches, false);
 prefersDark.addEventListener("change", () => draw(prefersDark.matches, false));
@@ -31,10 +51,10 @@ addEventListener("afterprint", () => forPaper(false));
 
 // Click on a header sorts by it, once more turns the order; empty cells stay last.
 const heads = [...document.querySelectorAll("th")];
-heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
+heads.forEach((head) => head.firstChild.addEventListener("click", () => {
   const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
   const key = (row) => {
-    const cell = row.cells[column];
+    const cell = row.cells[head.cellIndex];
     return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
   };
   const compare = (a, b) => {
@@ -43,6 +63,6 @@ heads.forEach((head, column) => head.firstChild.addEventListener("click", () => 
   };
   const body = head.closest("table").tBodies[0];
   body.append(...[...body.rows].sort((a, b) => compare(key(a), key(b))));
-  heads.forEach((other) => other.setAttribute("aria-sort", "none"));
+  [...head.parentNode.cells].forEach((other) => other.setAttribute("aria-sort", "none"));
   head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
 }));

@@ -24,7 +24,9 @@ from pydantic import ValidationError
 from raydisp import analysis, verdict
 from raydisp.analysis import MEASURES, Row
 from raydisp.errors import VerdictError
-from raydisp.figures import DARK_COLOURS, Panel, build_panels, verdict_panel
+from raydisp.figures import Panel, Plot, build_panels, verdict_panel
+from raydisp.figures.interactive import draw
+from raydisp.figures.style import DARK_COLOURS
 from raydisp.frozen_plan import CONFIRM
 from raydisp.results import Tables
 from raydisp.search_config import Objective
@@ -37,7 +39,7 @@ def facts(trials: pa.Table, study: Mapping[str, Any]) -> list[tuple[str, str]]:
     search = analysis.search_trials(trials)
     counts = ", ".join(f"{number} {status}" for status, number in analysis.count_statuses(search).items())
     planned = None if _get(study, "arms") else _get(study, "search.num_trials")
-    baseline = analysis.baseline_row(trials, _objectives(study)[0])
+    baseline = analysis.baseline_row(trials, objectives_of(study)[0])
     of_planned = f" (of {planned} planned)" if planned is not None and planned != search.num_rows else ""
     state = "no baseline yet" if baseline is None else f"baseline {baseline['status']}"
     tokens = sorted({number for number in trials["num_tokens"].to_pylist() if number is not None})
@@ -105,34 +107,41 @@ def results_table(trials: pa.Table, objective: Objective) -> str:
     metric = objective.metric
     best, baseline = analysis.best_trial(trials, objective), analysis.baseline_row(trials, objective)
     fields = analysis.searched_fields(trials)
-    shown = ["val_loss", "val_bits_per_byte", "layer_cosine_mean", "spearman"]
+    confirmed = CONFIRM in trials["phase"].to_pylist()
+    shown = ["val_loss", *(["test_loss"] if confirmed else [])]
+    shown += ["val_bits_per_byte", "layer_cosine_mean", "spearman"]
     measures = list(dict.fromkeys([metric, *shown]))
     rows = trials.to_pylist()
 
-    heads = [_head("trial", number=True), _head("arm"), _head("status")]
-    heads += [_head(name, number=_is_number(trials, name)) for name in fields]
-    heads += [_head(metric, MEASURES[metric].unit, number=True), _head("against baseline", number=True)]
-    heads += [_head(name, MEASURES[name].unit, number=True) for name in measures[1:]]
-    heads += [_head("num_tokens", number=True), _head("train_s", "seconds", number=True)]
+    heads = [head("trial", number=True), head("arm"), head("status")]
+    heads += [head("phase"), head("seed", number=True)] if confirmed else []
+    heads += [head(name, number=_is_number(trials, name)) for name in fields]
+    heads += [head(metric, MEASURES[metric].unit, number=True), head("against baseline", number=True)]
+    heads += [head(name, MEASURES[name].unit, number=True) for name in measures[1:]]
+    heads += [head("num_tokens", number=True), head("train_s", "seconds", number=True)]
 
     body = []
     for row in rows:
         is_best = best is not None and row["trial"] == best["trial"]
         arm = html.escape(str(row["arm"])) + (' <span class="tag">best</span>' if is_best else "")
-        cells = [_cell(str(row["trial"]), row["trial"]), f"<td>{arm}</td>", _status_cell(row)]
+        cells = [cell(str(row["trial"]), row["trial"]), f"<td>{arm}</td>", _status_cell(row)]
+        if confirmed:
+            seed = row["seed"]
+            cells.append(f"<td>{html.escape(str(row['phase']))}</td>")
+            cells.append(cell("" if seed is None else str(seed), seed, number=True))
         cells += [
-            _cell(analysis.format_value(row[name]), row[name] if _is_number(trials, name) else None)
+            cell(analysis.format_value(row[name]), row[name] if _is_number(trials, name) else None)
             for name in fields
         ]
         for name in measures:
-            cells.append(_cell(analysis.format_measure(name, row[name]), row[name], number=True))
+            cells.append(cell(analysis.format_measure(name, row[name]), row[name], number=True))
             if name == metric:
                 difference = _against_baseline(row, baseline, metric)
                 text = "" if difference is None else f"{difference:+.{MEASURES[metric].digits}f}"
-                cells.append(_cell(text, difference, number=True))
+                cells.append(cell(text, difference, number=True))
         tokens, seconds = row["num_tokens"], row["train_s"]
-        cells.append(_cell("" if tokens is None else f"{tokens:,}", tokens, number=True))
-        cells.append(_cell("" if seconds is None else f"{seconds:.1f}", seconds, number=True))
+        cells.append(cell("" if tokens is None else f"{tokens:,}", tokens, number=True))
+        cells.append(cell("" if seconds is None else f"{seconds:.1f}", seconds, number=True))
         marks = " ".join(
             name for name, on in (("best", is_best), ("baseline", row["arm"] == "baseline")) if on
         )
@@ -154,7 +163,7 @@ def _against_baseline(row: Row, baseline: Row | None, metric: str) -> float | No
     return value - reference if analysis.same_budget(row, baseline) else None
 
 
-def _head(name: str, unit: str = "", *, number: bool = False) -> str:
+def head(name: str, unit: str = "", *, number: bool = False) -> str:
     label = html.escape(name).replace(".", ".<wbr>").replace("_", '_<wbr class="fine">')
     small = f"<small>{html.escape(unit)}</small>" if unit else ""
     kind = ' class="number"' if number else ""
@@ -162,7 +171,7 @@ def _head(name: str, unit: str = "", *, number: bool = False) -> str:
     return f'<th scope="col" aria-sort="none"{kind}>{button}</th>'
 
 
-def _cell(text: str, value: float | None = None, *, number: bool = False) -> str:
+def cell(text: str, value: float | None = None, *, number: bool = False) -> str:
     key = "" if value is None or not math.isfinite(value) else f' data-value="{value!r}"'
     kind = ' class="number"' if number or value is not None else ""
     return f"<td{kind}{key}>{html.escape(text)}</td>"
@@ -183,40 +192,105 @@ def _status_cell(row: Row) -> str:
 
 
 def render(tables: Tables, study: Mapping[str, Any]) -> str:
-    """The page.
+    """The page of one study.
 
     Args:
         study: the resolved study file; what it lacks is left out of the page.
     """
-    trials, objectives = tables.trials, _objectives(study)
-    objective = objectives[0]
-    names = dict.fromkeys([*trials["study"].to_pylist(), _get(study, "name")])
-    name = next((str(name) for name in names if name), "study")
+    trials, objectives = tables.trials, objectives_of(study)
     sentences = analysis.summarise(trials, *objectives)
     judged = _verdict(trials)
-    panels = [*judged.panels, *build_panels(tables, objective)]
-    drawn = [f'"{plot.name}": {plot.figure.to_json()}' for panel in panels for plot in panel.plots]
-    return string.Template(_part("page.html")).substitute(
-        name=html.escape(name),
-        leads="".join(f'<p class="lead">{html.escape(text)}</p>' for text in judged.sentences or sentences),
-        search=_search_html(sentences) if judged.sentences else "",
-        facts="".join(
-            f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(text)}</dd></div>"
-            for key, text in facts(trials, study)
+    known = "".join(
+        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(text)}</dd></div>"
+        for key, text in facts(trials, study)
+    )
+    return assemble(
+        kicker="raydisp study",
+        name=study_name(trials, study),
+        leads=judged.leads or sentences,
+        facts=f"<dl>{known}</dl>",
+        panels=study_panels(tables, objectives),
+        notes=_list_section("What else the confirm phase says", judged.notes),
+        search=_list_section("The search that came before", sentences) if judged.leads else "",
+        tables=table_section(
+            "Trials",
+            results_table(trials, objectives[0]),
+            "Every trial of the study; a click on a header sorts by it. Losses are cross-entropy over the "
+            "whole validation split; an empty cell is a value that the trial does not have.",
         ),
-        panels="".join(_panel_html(panel) for panel in panels),
-        table=results_table(trials, objective),
+        footer="Made by raydisp from the Parquet files and the study.yaml beside it, and from nothing else.",
+    )
+
+
+def study_panels(tables: Tables, objectives: Sequence[Objective]) -> list[Panel]:
+    """All figures of a study, the verdict's first."""
+    lean = dataclasses.replace(tables, trials=analysis.without_large_texts(tables.trials))
+    return [*_verdict(tables.trials).panels, *build_panels(lean, objectives)]
+
+
+def study_name(trials: pa.Table, study: Mapping[str, Any]) -> str:
+    """What the rows call the study, else what its file does."""
+    names = dict.fromkeys([*trials["study"].to_pylist(), _get(study, "name")])
+    return next((str(name) for name in names if name), "study")
+
+
+def assemble(
+    *,
+    kicker: str,
+    name: str,
+    leads: Sequence[str],
+    facts: str,
+    panels: Sequence[Panel],
+    notes: str = "",
+    search: str = "",
+    tables: str,
+    footer: str,
+) -> str:
+    """A page from its parts.
+
+    Args:
+        kicker, name, leads, footer: plain texts.
+        facts, notes, search, tables: HTML; the notes come after the first panel.
+    """
+    shown = [panel_html(panel) for panel in panels if panel.plots]
+    drawn = [f'"{plot.name}": {draw(plot.chart).to_json()}' for panel in panels for plot in panel.plots]
+    return string.Template(read_part("page.html")).substitute(
+        kicker=html.escape(kicker),
+        name=html.escape(name),
+        leads="".join(f'<p class="lead">{html.escape(text)}</p>' for text in leads),
+        search=search,
+        facts=facts,
+        panels="".join([*shown[:1], notes, *shown[1:]]),
+        left_out=_left_out_html([panel for panel in panels if not panel.plots]),
+        tables=tables,
+        footer=html.escape(footer),
         plotly=plotly.offline.get_plotlyjs(),
-        dark=_script_json(json.dumps(DARK_COLOURS)),
-        figures=_script_json(f"{{{', '.join(drawn)}}}"),
-        style=_part("page.css"),
-        script=_part("page.js"),
+        dark=script_json(json.dumps(DARK_COLOURS)),
+        figures=script_json(f"{{{', '.join(drawn)}}}"),
+        style=read_part("page.css"),
+        script=read_part("page.js"),
+    )
+
+
+def table_section(title: str, table: str, note: str) -> str:
+    """A table with its heading and a note below.
+
+    Args:
+        table: HTML; the others are plain texts.
+    """
+    heading = html.escape(title)
+    return (
+        f'<section class="table"><h2>{heading}</h2>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{heading}">{table}</div>'
+        f'<p class="note">{html.escape(note)}</p></section>'
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Verdict:
-    sentences: tuple[str, ...] = ()
+    leads: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else a reader must know."""
     panels: tuple[Panel, ...] = ()
 
 
@@ -225,18 +299,29 @@ def _verdict(trials: pa.Table) -> _Verdict:
     if CONFIRM not in trials["phase"].to_pylist():
         return _Verdict()
     try:
-        return _Verdict(verdict.sentences(trials), (verdict_panel(verdict.verdicts(trials), trials),))
+        sentences, verdicts = verdict.sentences(trials), verdict.verdicts(trials)
+        told = verdicts["sentence"].to_pylist()
+        # What was compared, whether it is over, and each arm's verdict; the rest would bury them.
+        first = sentences.index(told[0])
+        return _Verdict(
+            (*sentences[:first], *told),
+            tuple(sentence for sentence in sentences[first:] if sentence not in told),
+            (verdict_panel(verdicts, trials),),
+        )
     except VerdictError as error:
         return _Verdict((f"The confirm phase cannot be judged: {error}.",))
 
 
-def _search_html(sentences: Sequence[str]) -> str:
-    """What the search found, below the verdict: leads that picked the arms, and no results."""
+def _list_section(title: str, sentences: Sequence[str]) -> str:
+    """A list of plain texts under a heading; nothing where there are none."""
+    if not sentences:
+        return ""
     items = "".join(f"<li>{html.escape(text)}</li>" for text in sentences)
-    return f"<section><h2>The search that came before</h2><ul>{items}</ul></section>"
+    return f'<section class="notes"><h2>{html.escape(title)}</h2><ul>{items}</ul></section>'
 
 
-def _objectives(study: Mapping[str, Any]) -> list[Objective]:
+def objectives_of(study: Mapping[str, Any]) -> list[Objective]:
+    """What the study's file says is searched for; the default where it cannot be understood."""
     found = _get(study, "search.objective") or {}
     try:
         return [Objective.model_validate(one) for one in (found if isinstance(found, list) else [found])]
@@ -245,30 +330,38 @@ def _objectives(study: Mapping[str, Any]) -> list[Objective]:
         return [Objective()]
 
 
-def _panel_html(panel: Panel) -> str:
+def panel_html(panel: Panel) -> str:
     title = html.escape(panel.title)
-    drawings = "".join(
-        "<div>"
-        + (f"<h3>{html.escape(plot.title)}</h3>" if len(panel.plots) > 1 else "")
-        + f'<div class="plot" id="{plot.name}" role="img" aria-label="{title}"></div></div>'
-        for plot in panel.plots
-    )
+    drawings = "".join(_plot_html(plot, title, alone=len(panel.plots) == 1) for plot in panel.plots)
     return (
         f'<section><h2>{title}</h2><figure><div class="drawings">{drawings}</div>'
         f"<figcaption>{html.escape(panel.sentence)}</figcaption></figure></section>"
     )
 
 
-def _script_json(text: str) -> str:
+def _plot_html(plot: Plot, title: str, *, alone: bool) -> str:
+    heading = "" if alone else f"<h3>{html.escape(plot.title)}</h3>"
+    # As high as its lines of text need: never so low that they lie over each other.
+    height = f' style="height: {max(12, 5 + 1.5 * plot.rows):g}rem"' if plot.rows else ""
+    return (
+        f"<div>{heading}"
+        f'<div class="plot"{height} id="{plot.name}" role="img" aria-label="{title}"></div></div>'
+    )
+
+
+def _left_out_html(panels: Sequence[Panel]) -> str:
+    if not panels:
+        return ""
+    items = "".join(f"<li>{html.escape(panel.title)}. {html.escape(panel.sentence)}</li>" for panel in panels)
+    return f'<section class="left-out"><h2>Left out</h2><ul>{items}</ul></section>'
+
+
+def script_json(text: str) -> str:
     """JSON that a script element can hold: outside strings none of these characters occur in JSON."""
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _part(name: str) -> str:
+def read_part(name: str) -> str:
     return (importlib.resources.files("raydisp") / name).read_text(encoding="utf-8")
-
-
-# The page of `raydisp.measure` is made of the same pieces.
-panel_html, script_json, read_part, table_head, table_cell = _panel_html, _script_json, _part, _head, _cell

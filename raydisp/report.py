@@ -1,7 +1,9 @@
 """The report of a study: one HTML page, made from its Parquet tables and its `study.yaml` alone.
 
-python -m raydisp.report DIR
-python -m raydisp.report DIR --watch
+python -m raydisp.report DIR                      DIR/report.html
+python -m raydisp.report DIR --watch              the same, served and renewed while the study runs
+python -m raydisp.report DIR --figures FOLDER     PNG and SVG of every figure, for papers
+python -m raydisp.report DIR DIR ... [--out FILE] one page that compares studies: comparison.html
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,8 +19,8 @@ import pyarrow.fs as pafs
 import yaml
 
 from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError
-from raydisp.page import render
-from raydisp.results import read_tables
+from raydisp.page import objectives_of, render, study_panels
+from raydisp.results import Tables, read_tables
 from raydisp.storage import join, read_bytes, resolve, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -28,13 +30,19 @@ class NothingYetError(OutputError):
     """There is nothing to report, which may change."""
 
 
-def build_report(study_dir: str) -> str:
+COMPARISON = "comparison.html"
+"""Where the comparison of several studies goes, if nothing is said."""
+
+
+def build_report(study_dir: str, *, out: str | None = None) -> str:
     """Write `report.html` into a results folder, whole or not at all, and return its place.
 
+    Args:
+        out: another place for the page.
     Raises: as `make_report`; and OutputError, if it cannot be written.
     """
     text = make_report(study_dir)
-    place = join(study_dir, "report.html")
+    place = join(study_dir, "report.html") if out is None else out
     write_bytes(place, text.encode())
     return place
 
@@ -48,6 +56,35 @@ def make_report(study_dir: str) -> str:
         NothingYetError: there is no such folder, or no trial in it.
         OutputError: it is no folder, or cannot be read.
     """
+    return render(*_read(study_dir))
+
+
+def build_comparison(study_dirs: Sequence[str], *, out: str = COMPARISON) -> str:
+    """Write one page that compares studies, and return its place.
+
+    Raises:
+        OutputError: as `build_report` says.
+    """
+    from raydisp import comparison
+
+    found = [(folder, *_read(folder)) for folder in study_dirs]
+    write_bytes(out, comparison.render(comparison.named(found)).encode())
+    return out
+
+
+def build_figures(study_dir: str, folder: str) -> list[str]:
+    """Write every figure of a study as PNG and as SVG, and return their places.
+
+    Raises:
+        OutputError: as `build_report` says; or matplotlib is not installed.
+    """
+    from raydisp.figures.paper import write_figures
+
+    tables, study = _read(study_dir)
+    return write_figures(study_panels(tables, objectives_of(study)), folder)
+
+
+def _read(study_dir: str) -> tuple[Tables, Mapping[str, Any]]:
     try:
         filesystem, path = resolve(study_dir)
         kind = filesystem.get_file_info(path).type
@@ -64,7 +101,7 @@ def make_report(study_dir: str) -> str:
             f"{study_dir} holds no results: there is no trial in {join(study_dir, 'trials')}; "
             "name the results folder of one study"
         )
-    return render(tables, study)
+    return tables, study
 
 
 def _read_study(study_dir: str) -> Mapping[str, Any]:
@@ -82,9 +119,22 @@ def _read_study(study_dir: str) -> Mapping[str, Any]:
 def main(argv: Iterable[str] | None = None) -> int:
     """Command line: write the report of a results folder, or serve it. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m raydisp.report", description="Make report.html from the results of a study."
+        prog="python -m raydisp.report",
+        description="Make report.html from the results of a study, or one page that compares several.",
     )
-    parser.add_argument("dir", metavar="DIR", help="results folder of a study, local or s3://, gs://")
+    parser.add_argument(
+        "dirs", metavar="DIR", nargs="+", help="results folder of a study, local or s3://, gs://"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help=f"where the page goes: DIR/report.html, {COMPARISON} for several studies",
+    )
+    parser.add_argument(
+        "--figures",
+        metavar="FOLDER",
+        help="write every figure as PNG and SVG there, and no page without --out",
+    )
     parser.add_argument(
         "--watch",
         action="store_true",
@@ -98,17 +148,34 @@ def main(argv: Iterable[str] | None = None) -> int:
     arguments = parser.parse_args(None if argv is None else list(argv))
     if not arguments.watch and (arguments.port is not None or arguments.host is not None):
         parser.error("--port and --host belong to --watch")
+    if arguments.watch and (arguments.out or arguments.figures or len(arguments.dirs) > 1):
+        parser.error("--watch serves the report of one study and writes nothing; leave the rest out")
     try:
         if arguments.watch:
             from raydisp.watch import DEFAULT_HOST, watch
 
-            watch(arguments.dir, arguments.host or DEFAULT_HOST, arguments.port or 0)
+            watch(arguments.dirs[0], arguments.host or DEFAULT_HOST, arguments.port or 0)
         else:
-            print(build_report(arguments.dir))
+            for place in _make(arguments.dirs, arguments.out, arguments.figures):
+                print(place)
     except RaydispError as error:
         print(f"raydisp.report: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return EXIT_DONE
+
+
+def _make(dirs: Sequence[str], out: str | None, figures: str | None) -> Iterator[str]:
+    if figures is not None:
+        if len(dirs) > 1:
+            raise OutputError("--figures is of one study; name one results folder")
+        places = build_figures(dirs[0], figures)
+        if not places:
+            raise OutputError(f"{dirs[0]} has no figure that could be drawn; its report.html says why")
+        yield from places
+    if len(dirs) > 1:
+        yield build_comparison(dirs, out=out or COMPARISON)
+    elif figures is None or out is not None:
+        yield build_report(dirs[0], out=out)
 
 
 if __name__ == "__main__":

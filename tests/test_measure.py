@@ -27,6 +27,7 @@ from test_report import EVIL, Page
 
 from raydisp import condensation, measure, measure_command, measure_page, measure_tables
 from raydisp.__main__ import main as raydisp_main
+from raydisp.figures.interactive import draw
 from raydisp.measure import Measured, measure_condensation
 from raydisp.measure_command import main
 
@@ -567,7 +568,7 @@ def test_it_is_a_command_of_raydisp(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_neither_ray_nor_torch_is_loaded_without_need() -> None:
     code = (
-        "import sys, raydisp.measure_command, raydisp.static_figures\n"
+        "import sys, raydisp.measure_command\n"
         "print(sorted({'ray', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -616,7 +617,7 @@ def sample(
 
 
 def drawn(panel: Any) -> dict[str, list[dict[str, Any]]]:
-    return {plot.name: plot.figure.to_plotly_json()["data"] for plot in panel.plots}
+    return {plot.name: draw(plot.chart).to_plotly_json()["data"] for plot in panel.plots}
 
 
 def test_the_figures_draw_the_rows() -> None:
@@ -641,7 +642,9 @@ def test_the_figures_draw_the_rows() -> None:
     for column, points in zip(("spearman", "last_half_mean"), size.values(), strict=True):
         assert list(points[0]["x"]) == [10**7, 10**9]
         assert list(points[0]["y"]) == [row[column] for row, _ in models]
-    assert list(size["size-last-half"][1]["error_y"]["array"]) == [models[0][0]["last_half_stderr"]]
+    error = size["size-last-half"][1]["error_y"]
+    assert list(error["array"]) == pytest.approx([models[0][0]["last_half_stderr"]])
+    assert list(error["arrayminus"]) == pytest.approx([models[0][0]["last_half_stderr"]])
 
 
 def test_one_model_has_no_plot_over_size_and_the_page_says_so() -> None:
@@ -704,10 +707,14 @@ def test_pictures(
     arguments = (*folders.values(), "--texts", text_file, "--out", tmp_path, "--figures", "--quiet")
     run(capsys, *arguments, "--max-tokens", 40)
     files = sorted((tmp_path / "figures").iterdir())
-    stems = [file.name.split("-")[0] for file in files]
-    assert stems == ["averaged", "averaged", "depth.png", "heat", "heat", "size.png"]
+    panels = measure_page.build_panels(measure_tables.read_models(str(tmp_path)))
+    wanted = [plot.name for panel in panels for plot in panel.plots]
+    assert {"heat-map-0", "heat-map-1", "size-spearman"} < set(wanted)
+    assert [file.name for file in files] == sorted(
+        f"{name}.{end}" for name in wanted for end in ("png", "svg")
+    )
     for file in files:
-        assert file.read_bytes().startswith(b"\x89PNG")
+        assert file.read_bytes().startswith(b"\x89PNG" if file.suffix == ".png" else b"<?xml")
 
 
 def test_pictures_without_matplotlib(
@@ -721,4 +728,4 @@ def test_pictures_without_matplotlib(
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = (folders["gpt2"], "--texts", text_file, "--out", tmp_path / "out", "--figures")
-    assert "--figures needs matplotlib" in run(capsys, *arguments, status=2)[1]
+    assert "--figures needs the package matplotlib" in run(capsys, *arguments, status=2)[1]

@@ -20,6 +20,7 @@ from test_report import traces
 
 from raydisp import figures, frozen_plan, pairs, parts, results, storage, verdict
 from raydisp.errors import VerdictError
+from raydisp.figures.interactive import draw
 from raydisp.verdict import main
 
 SEEDS = (101, 102, 103, 104, 105, 106)
@@ -557,7 +558,8 @@ def test_the_forest_plot_draws_the_rows() -> None:
     verdicts = verdict.verdicts(trials)
     panel = figures.verdict_panel(verdicts, trials)
     (plot,) = panel.plots
-    drawn, rows = traces(plot.figure), verdicts.to_pylist()
+    figure, rows = draw(plot.chart), verdicts.to_pylist()
+    drawn = traces(figure)
     points, means = drawn["one seed"], drawn["mean and 95 % interval"]
     assert points["x"] == pytest.approx([*shifted(-0.1), *NOISE, -0.3])
     assert points["y"] == [-0.15] * 6 + [-1.15] * 6 + [-2.15]
@@ -567,13 +569,13 @@ def test_the_forest_plot_draws_the_rows() -> None:
     ends = [row["high_95"] - row["difference"] for row in rows[:2]]
     assert means["error_x"]["array"] == pytest.approx([*ends, None])
     assert means["error_x"]["arrayminus"] == pytest.approx([*ends, None])
-    axis = plot.figure.layout.yaxis
+    axis = figure.layout.yaxis
     assert list(axis.ticktext) == ["best", "&lt;b&gt;other&lt;/b&gt;", "single"]
     assert list(axis.tickvals) == means["y"]
-    band, zero = plot.figure.layout.shapes
+    band, zero = figure.layout.shapes
     assert (band.type, band.x0, band.x1) == ("rect", -0.02, 0.02)
     assert (zero.type, zero.x0, zero.x1) == ("line", 0, 0)
-    assert plot.figure.layout.xaxis.title.text == "test loss, arm minus baseline (nats per token)"
+    assert figure.layout.xaxis.title.text == "test loss, arm minus baseline (nats per token)"
     assert "±0.02" in panel.sentence
     assert "for want of a second pair: single." in panel.sentence
     assert "for want of a complete pair: none." in panel.sentence

@@ -1,0 +1,162 @@
+"""How the trials went: learning curves, and a time line."""
+
+from __future__ import annotations
+
+from raydisp import analysis
+from raydisp.analysis import Row
+from raydisp.analysis.training import CURVE_MEASURES, MAX_CURVE_POINTS, MAX_CURVES
+from raydisp.figures.chart import Axis, Chart, Line, Mark, Number, Panel, Plot, Points, log_axis, shortened
+from raydisp.figures.style import ACCENT, INK, MUTED, WARN
+from raydisp.results import STATUSES, Tables
+from raydisp.search_config import Objective
+
+_LABELS = {
+    "lm_loss": "training loss (nats per token)",
+    "dispersion_loss": "dispersion loss (unweighted, no unit)",
+    "grad_norm": "gradient norm (before clipping, no unit)",
+    "val_loss": "validation loss (nats per token)",
+}
+MAX_STARTS = 100
+"""Bars that are told apart by a stroke at their start: more would hide them."""
+_STATUS_COLOURS = dict(zip(STATUSES, (ACCENT, "#e69f00", WARN, "#cc79a7", MUTED), strict=True))
+_KINDS = {
+    "other": ("other trials", MUTED, 1.0, "solid", 0.5),
+    "pruned": ("pruned", WARN, 1.0, "solid", 0.7),
+    "baseline": ("baseline", INK, 2.0, "dash", 1.0),
+    "best": ("best", ACCENT, 2.5, "solid", 1.0),
+}
+
+
+def curves_panel(tables: Tables, objective: Objective) -> Panel:
+    """Loss, dispersion, gradient norm and validation loss over the tokens of each trial."""
+    title = "Learning curves"
+    rows = analysis.learning_curves(tables, objective).to_pylist()
+    if not rows:
+        return Panel(title, "No figure: no trial of the search has rows of steps or evaluations.")
+    plots = []
+    several = len(analysis.search_arms(tables.trials)) > 1
+    for measure in CURVE_MEASURES:
+        own = [row for row in rows if row["measure"] == measure]
+        if own:
+            values = [row["value"] for row in own]
+            # One spike of the gradient would press all the rest onto the axis.
+            log = measure == "grad_norm" and min(values) > 0 and max(values) > 10 * min(values)
+            label = _LABELS[measure]
+            axis = log_axis(label, min(values), max(values)) if log else Axis(label)
+            chart = Chart(Axis("tokens seen"), axis, _curves(own, several=several))
+            title_of_plot = label.split(" (")[0]
+            plots.append(Plot(f"curve-{measure.replace('_', '-')}", title_of_plot, chart))
+    num_drawn, num_all = (
+        len({row["trial"] for row in rows}),
+        analysis.search_trials(tables.trials).num_rows + 1,
+    )
+    sentence = (
+        "Each line is a trial of the search, against the tokens it has seen; points of the steps are means "
+        f"over equal numbers of steps, at most {MAX_CURVE_POINTS} to a line, and the last validation sees "
+        "the whole split; units at the axes."
+    )
+    if any(row["kind"] == "pruned" for row in rows):
+        sentence += " A cross ends the line of a pruned trial."
+    if num_drawn >= MAX_CURVES and num_drawn < num_all:
+        sentence += (
+            f" Drawn: {num_drawn} trials, the baseline and the best among them, the others evenly chosen."
+        )
+    return Panel(title, sentence, plots)
+
+
+def _curves(rows: list[Row], *, several: bool) -> list[Mark]:
+    marks: list[Mark] = []
+    for kind, (name, colour, width, dash, opacity) in _KINDS.items():
+        paths: dict[int, list[Row]] = {}
+        for row in rows:
+            if row["kind"] == kind:
+                paths.setdefault(row["trial"], []).append(row)
+        if not paths:
+            continue
+        x: list[Number] = []
+        y: list[Number] = []
+        hover: list[str] = []
+        for trial, path in paths.items():
+            x += [*(row["num_tokens"] for row in path), None]
+            y += [*(float(f"{row['value']:.6g}") for row in path), None]
+            hover += [f"trial {trial}, {path[0]['arm']}"] * len(path) + [""]
+        symbol = "circle" if all(len(path) < 12 for path in paths.values()) and kind != "other" else ""
+        marks.append(
+            Line(
+                "best of each arm" if kind == "best" and several else name,
+                x,
+                y,
+                colour=colour,
+                width=width,
+                dash=dash,
+                opacity=opacity,
+                symbol=symbol,
+                hover=hover,
+            )
+        )
+        if kind == "pruned":
+            ends = [path[-1] for path in paths.values()]
+            marks.append(
+                Points(
+                    "stopped here",
+                    [row["num_tokens"] for row in ends],
+                    [float(f"{row['value']:.6g}") for row in ends],
+                    colour=colour,
+                    symbol="x",
+                    size=8,
+                    legend=False,
+                )
+            )
+    return marks
+
+
+def time_line_panel(tables: Tables) -> Panel:
+    """When each attempt ran, on which host."""
+    title = "Time line"
+    rows = analysis.time_line(tables.attempts).to_pylist()
+    if not rows:
+        return Panel(title, "No figure: no attempt has both a start and an end.")
+    lanes = sorted({(row["hostname"], row["lane"]) for row in rows})
+    places = {lane: -float(number) for number, lane in enumerate(lanes)}
+    longest = max(row["end_s"] for row in rows)
+    size, unit = next(
+        ((size, unit) for size, unit in ((3600, "hours"), (60, "minutes")) if longest >= 2 * size), (1, "s")
+    )
+    marks: list[Mark] = []
+    known = [status for status in STATUSES if any(row["status"] == status for row in rows)]
+    for status, colour in _STATUS_COLOURS.items():
+        own = [row for row in rows if row["status"] == status]
+        if status not in known:
+            continue
+        x: list[Number] = []
+        y: list[Number] = []
+        hover: list[str] = []
+        for row in own:
+            place = places[row["hostname"], row["lane"]]
+            text = (
+                f"trial {row['trial']}, {row['arm']}, attempt {row['attempt']}: {status}\n"
+                f"{(row['end_s'] - row['start_s']):.0f} s on {row['hostname']}"
+            )
+            x += [row["start_s"] / size, row["end_s"] / size, None]
+            y += [place, place, None]
+            hover += [text, text, ""]
+        marks.append(Line(status, x, y, colour=colour, width=9, hover=hover))
+        if len(rows) <= MAX_STARTS:
+            marks.append(
+                Points("start", x[::3], y[::3], colour=INK, symbol="line-ns-open", size=11, legend=False)
+            )
+    hosts = list(dict.fromkeys(host for host, _ in lanes))
+    ticks = tuple((places[host, 0], shortened(host, 20)) for host in hosts)
+    chart = Chart(
+        Axis(f"{unit} since the study began", ends=(-0.01 * longest / size, 1.01 * longest / size)),
+        Axis("", ends=(-len(lanes) + 0.4, 0.6), ticks=ticks, grid=False),
+        marks,
+    )
+    unended = tables.attempts.num_rows - len(rows)
+    sentence = (
+        f"Each bar is an attempt of a trial, from its start to its end, by host ({len(hosts)}; one line for "
+        f"each that ran at the same time); {unit}."
+    )
+    if unended:
+        sentence += f" Not drawn, for want of a start or an end: {unended}."
+    return Panel(title, sentence, [Plot("time-line", "", chart, rows=len(lanes) + 4)])
