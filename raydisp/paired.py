@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ VERDICTS = (HELPS, HURTS, NO_EFFECT, INCONCLUSIVE)
 
 _EQUAL = 1e-12
 _CHUNK = 1 << 22  # numbers that are held at once
+_SIGNS_AT_A_TIME = 4096
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -147,23 +148,30 @@ def _sign_flips(rows: Floats) -> Floats:
     number = rows.shape[-1]
     if number < 2:
         return np.full((len(rows), 1), np.nan)
+    # Sums that are equal in truth differ by rounding, which is relative to what was added.
+    observed = np.abs(rows.sum(axis=-1)) - _EQUAL * np.abs(rows).sum(axis=-1)
+    hits, tried = np.zeros(len(rows)), 0
+    for signs in _sign_blocks(number):
+        tried += len(signs)
+        step = max(1, _CHUNK // len(signs))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            sums = np.abs(rows[part] @ signs.T)
+            hits[part] += (sums >= observed[part, None]).sum(axis=-1)
+    extra = int(number > MAX_EXACT_PAIRS)
+    return ((hits + extra) / (tried + extra))[:, None]
+
+
+def _sign_blocks(number: int) -> Iterator[Floats]:
+    """[k, number] of signs: all that there are up to a factor of -1, or random ones from a fixed seed."""
     if number <= MAX_EXACT_PAIRS:
         # A sign vector and its opposite give the same |sum|: half of them are enough.
-        halves = itertools.product((1.0, -1.0), repeat=number - 1)
-        signs = np.array([(1.0, *half) for half in halves])
-        extra = 0
-    else:
-        draw = np.random.default_rng(SIGNS_SEED)
-        signs = draw.choice((1.0, -1.0), size=(NUM_RANDOM_SIGNS, number))
-        extra = 1
-    hits = np.empty(len(rows))
-    step = max(1, _CHUNK // len(signs))
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        # Sums that are equal in truth differ by rounding, which is relative to what was added.
-        observed = np.abs(part.sum(axis=-1)) - _EQUAL * np.abs(part).sum(axis=-1)
-        hits[start : start + step] = (np.abs(part @ signs.T) >= observed[:, None]).sum(axis=-1)
-    return ((hits + extra) / (len(signs) + extra))[:, None]
+        yield np.array([(1.0, *half) for half in itertools.product((1.0, -1.0), repeat=number - 1)])
+        return
+    draw = np.random.default_rng(SIGNS_SEED)
+    for start in range(0, NUM_RANDOM_SIGNS, _SIGNS_AT_A_TIME):
+        size = min(_SIGNS_AT_A_TIME, NUM_RANDOM_SIGNS - start)
+        yield draw.choice((1.0, -1.0), size=(size, number))
 
 
 # --- a family of arms ----------------------------------------------------------------------------------

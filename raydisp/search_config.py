@@ -254,7 +254,12 @@ class SearchConfig(Section):
     """Which fields vary, how many trials, who suggests them, who stops them, and when it is over."""
 
     num_trials: Annotated[
-        Int, Field(ge=1, le=100_000, description="search trials; the baseline comes on top")
+        Int,
+        Field(
+            ge=1,
+            le=100_000,
+            description="search trials of each searched arm; a baseline that is one trial comes on top",
+        ),
     ]
     objective: Annotated[
         Objectives,
@@ -287,7 +292,7 @@ class SearchConfig(Section):
     max_tokens_total: Annotated[
         Tokens | None,
         Field(
-            description="training tokens of all trials, baseline included; none starts that would exceed it"
+            description="training tokens of the search, baseline included; none starts that would exceed it"
         ),
     ] = None
     max_hours: Annotated[
