@@ -314,7 +314,7 @@ def sentences(trials: pa.Table) -> tuple[str, ...]:
         )
     told += [words.pretrained_sentence(plan), *words.difference_sentences(trials)]
     told += [*words.seed_sentences(trials, plan), *words.unfair_sentences(plan)]
-    told += words.left_out_sentences(plan)
+    told += [*words.tuned_sentences(plan), *words.left_out_sentences(plan)]
     return tuple(sentence for sentence in told if sentence)
 
 

@@ -192,6 +192,29 @@ def unfair_sentences(plan: Plan) -> list[str]:
     return told
 
 
+def tuned_sentences(plan: Plan) -> list[str]:
+    """What both were tuned over, and came out apart in: a few trials find no optimum."""
+    told = []
+    baseline = plan.arms[plan.baseline].values if plan.baseline in plan.arms else {}
+    for name in plan.compared:
+        values = plan.arms[name].values
+        apart = [
+            f"{field} {_shown(values[field])} and the baseline {_shown(baseline[field])}"
+            for field in values
+            if not is_of_a_method(field) and field in baseline and values[field] != baseline[field]
+        ]
+        if apart:
+            told.append(
+                f"{name} was tuned to {'; '.join(apart)}: the comparison is of the two as tuned, and what a "
+                "search too short for either missed is part of it."
+            )
+    return told
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def left_out_sentences(plan: Plan) -> list[str]:
     """Arms of the search that are not confirmed."""
     return [f"{arm} is not confirmed: {why}." for arm, why in plan.left_out.items()]

@@ -348,6 +348,19 @@ def test_an_arm_that_found_nothing_is_left_out_and_said(
     assert told.startswith("noisy is not confirmed: no trial of arm noisy completed")
 
 
+def test_what_both_were_tuned_to_is_said(armed_confirm: dict[str, Any], tmp_path: Path) -> None:
+    study, study_dir = make(armed_confirm), str(tmp_path / "r")
+    arms = Arms(study)
+    for trial in range(arms.num_trials):
+        arm = arms.of(trial)
+        values = {"train.learning_rate": 0.02 if arm.name == "noisy" else 0.01} if arm.searched else {}
+        if arm.name == "dispersion":
+            values |= {"dispersion.weight": 0.5, "dispersion.layers": "all"}
+        leave(study, study_dir, trial, val_loss=5.0, values=values)
+    (told,) = verdict_words.tuned_sentences(freeze(study, study_dir))
+    assert told.startswith("noisy was tuned to train.learning_rate 0.02 and the baseline 0.01:")
+
+
 def test_what_only_an_arm_was_tuned_over_is_said(armed_confirm: dict[str, Any], tmp_path: Path) -> None:
     armed_confirm["search"]["space"] = {}
     armed_confirm["arms"]["dispersion"]["train.learning_rate"] = dict(RATES)
@@ -358,6 +371,7 @@ def test_what_only_an_arm_was_tuned_over_is_said(armed_confirm: dict[str, Any], 
         values = {"train.learning_rate": 0.02, "dispersion.weight": 0.5, "dispersion.layers": "all"}
         leave(study, study_dir, trial, val_loss=5.0, values=values if arms.of(trial).searched else {})
     told = verdict_words.unfair_sentences(freeze(study, study_dir))
+    assert verdict_words.tuned_sentences(freeze(study, study_dir)) == []
     assert [text.split(" of its own")[0] for text in told] == [
         "dispersion has train.learning_rate 0.02",
         "settled has train.learning_rate 0.01",
