@@ -106,6 +106,32 @@ class Offer:
         grown = sum(number * node.room(cpus, gpus) for node, number in self._grown(cpus, gpus))
         return max(self.room_now(cpus, gpus), grown)
 
+    def starts(self, num_workers: int, cpus: float, gpus: float) -> list[tuple[str, int]]:
+        """Names and numbers of the nodes that an autoscaler starts for so many workers, at most.
+
+        It starts the roomiest first, as counted here; a real one may choose others of the same size. Nodes
+        of unknown size are left out.
+        """
+        if self.growth is None:
+            return []
+        missing = num_workers - self.room_now(cpus, gpus)
+        running = sum(not node.is_head for node in self.nodes)
+        left = self.growth.max_nodes - running - (1 if self.growth.with_head else 0)
+        chosen = []
+        for group in sorted(
+            (group for group in self.growth.groups if group.node is not None and group.node.room(cpus, gpus)),
+            key=lambda group: group.node.room(cpus, gpus) if group.node is not None else 0,
+            reverse=True,
+        ):
+            assert group.node is not None
+            number = min(-(-missing // group.node.room(cpus, gpus)), group.max_nodes, left)
+            if number <= 0:
+                break
+            chosen.append((group.name, number))
+            missing -= number * group.node.room(cpus, gpus)
+            left -= number
+        return chosen
+
     def describe(self, cpus: float, gpus: float) -> str:
         """`10 CPUs and 4 GPUs on 3 nodes now` and what it can become, for workers of so many of each."""
         text = self._total([(node, 1) for node in self.nodes], gpus)

@@ -107,6 +107,13 @@ def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
     )
 
 
+def describe_place(offer: Offer, address: str | None) -> str:
+    """What the machines are, for `plan_resources`."""
+    if len(offer.nodes) < 2 and offer.growth is None:
+        return "Ray"
+    return f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}"
+
+
 def this_machine() -> Node:
     """CPUs that this process may use, and the GPUs that torch sees."""
     gpus = 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import queue
 import subprocess
 import sys
@@ -14,31 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import raydisp
 from raydisp.agenda import Agenda
 from raydisp.capacity import Offer
-from raydisp.cluster import plan_resources, read_offer
+from raydisp.cluster import describe_place, plan_resources, read_offer
 from raydisp.config import StudyConfig, TrialConfig
 from raydisp.dispatch import Launch
 from raydisp.errors import OutputError, RaydispError, ResourceError
-from raydisp.lease import still_held
+from raydisp.node_checks import code_sha256, package_versions
 from raydisp.placement import describe_offer, not_placed
-
-PACKAGES = (
-    "torch",
-    "ray",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "optuna",
-    "pyarrow",
-    "numpy",
-    "pydantic",
-)
-"""Whose versions stand on every row."""
 
 
 def prepare_launch(
@@ -52,10 +36,7 @@ def prepare_launch(
     from raydisp.data import cache_folder, read_meta
     from raydisp.models import resolve_revision
 
-    where = "Ray"
-    if len(offer.nodes) > 1 or offer.growth is not None:
-        where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}"
-    plan = plan_resources(study, offer, where=where)
+    plan = plan_resources(study, offer, where=describe_place(offer, address))
     cache_dir = cache_folder(study.output)
     revision = resolve_revision(study.model)
     prepared = _prepare_data(study, cache_dir, quiet=quiet)
@@ -70,6 +51,8 @@ def prepare_launch(
         packages=package_versions(),
         plan=plan,
         data_sha256=read_meta(prepared)["data_sha256"],
+        # On a machine of one's own the code is that of the moment, whoever edits it.
+        code_sha256=code_sha256() if len(offer.nodes) > 1 or offer.growth is not None else None,
     )
 
 
@@ -94,30 +77,6 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
                     f"the {column.split('_')[0]} changed, and new trials would not compare with the old. "
                     "Restore it, or give the study another name (name:) or place (--output)"
                 )
-
-
-def refuse_blind_nodes(study_dir: str, lease_id: str) -> None:
-    """Every node of a cluster must see the results folder, or its trials would write where nobody looks.
-
-    Raises:
-        OutputError: one does not.
-    """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
-        return
-    look = ray.remote(num_cpus=0, max_retries=0)(still_held)
-    asked = {
-        node["NodeManagerHostname"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        ).remote(study_dir, lease_id)
-        for node in nodes
-    }
-    for host, answer in asked.items():
-        if not ray.get(answer):
-            raise OutputError(
-                f"node {host} of the cluster does not see {study_dir}; put the results where all nodes do, "
-                "on a shared folder or in an object store (--output s3://bucket/folder)"
-            )
 
 
 def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:
@@ -174,14 +133,6 @@ def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterato
                 f"{cache_dir}: token blocks cannot be kept there: {error}; make the folder writable, free "
                 "some space, or choose another one with --output"
             )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a trial computes."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def code_version() -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -41,6 +42,8 @@ from raydisp.warm_start import WarmStart
 from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
 
 logger = logging.getLogger(__name__)
+
+SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 RunTrial = Callable[[Assignment, Report], Row]
 OnResult = Callable[[Mapping[str, Any]], None]
@@ -287,6 +290,9 @@ def _run_on_tune(
         scratch: local folder for what Tune writes.
     """
     study = launch.study
+    # Tune would put these from the environment of the command into that of each trial, by way of a log file
+    # and the dashboard. A trial has those of its node: of its role, or of whoever started Ray there.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
     watch = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
     tuner = tune.Tuner(
         tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import lease, results, retries, space, storage, tidy
+from raydisp import lease, node_checks, results, retries, space, storage, tidy
 from raydisp.capacity import describe_workers
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
 from raydisp.endings import describe_failure, root_cause
@@ -78,6 +78,8 @@ class Assignment:
     """Of the confirm phase: its frozen plan, which stands on every row."""
     keep_model: bool = False
     """Whether the weights are kept when the trial has completed."""
+    code_sha256: str | None = None
+    """Of the code on the node where the study was started; None: it is not looked at."""
 
     @property
     def name(self) -> str:
@@ -127,6 +129,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
         earlier = [attempt for attempt in known if attempt["attempt"] < assignment.attempt]
         # There from the start: whatever is killed from now on, the study knows what to go on with.
         results.write_trial(assignment.study_dir, row, searched)
+        node_checks.refuse_other_versions(assignment.packages, assignment.code_sha256)
         trial = _combined(study, assignment.values)
         row["config_sha256"] = trial.sha256
         smaller = retries.reduced_micro_batch(earlier, context_length=context_length)
@@ -334,6 +337,7 @@ def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     layout = Layout(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     study = StudyConfig.model_validate(assignment.study)
     trial = TrialConfig.model_validate(loop_config["trial"])
+    node_checks.refuse_other_versions(assignment.packages, assignment.code_sha256)
     try:
         return train_share(
             assignment, study, trial, loop_config["started"], layout, ray.train.report, notice_to_the_workers

@@ -1,4 +1,4 @@
-"""cluster.yaml and the variants in docs/clusters.md, held to what `ray up` does with them before it logs in."""
+"""cluster.yaml and the variants in the docs, held to what `ray up` does with them before it logs in."""
 
 from __future__ import annotations
 
