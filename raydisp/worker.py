@@ -152,6 +152,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
             row["status"] = "interrupted"
     row["ended_at"] = _utc(time.time())
     _refuse_if_taken_over(assignment)
+    _refuse_if_given_up(assignment)
     try:
         results.write_trial(assignment.study_dir, row, searched)
         # A trial that has ended for good needs its checkpoints no more.
@@ -394,6 +395,7 @@ def train_share(
     checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout, timeout_s=timeout_s)
     resume_from = checkpoints.find()
     resumed_step = resume_from.step if resume_from else 0
+    hosts = checkpoints.gather(socket.gethostname())
     rows = None
     if layout.is_main:
         _refuse_if_taken_over(assignment)
@@ -442,7 +444,7 @@ def train_share(
         "precision": result.precision,
         "micro_batch_tokens": result.micro_batch_tokens,
         "device": _device_name(layout.device),
-        "hostname": socket.gethostname(),
+        "hostname": ", ".join(dict.fromkeys(hosts)),
         "data_sha256": meta["data_sha256"],
         "model_revision": revision,
         "used": result.used,
@@ -488,13 +490,27 @@ def _keep_model(
 
 
 def _refuse_if_taken_over(assignment: Assignment) -> None:
-    """A process that outlives its study, cut off from it, must not write into what another one goes on with.
+    """A process that outlives its study, or its attempt, cut off from both, must not write into what another
+    one goes on with.
 
     Raises:
-        LeaseLostError: another command holds the results folder.
+        LeaseLostError: another command holds the results folder, or another attempt has begun.
     """
-    if assignment.lease is not None and not lease.still_held(assignment.study_dir, assignment.lease):
+    if assignment.lease is None:
+        return
+    if not lease.still_held(assignment.study_dir, assignment.lease):
         raise LeaseLostError(f"{assignment.name} ends: its study no longer holds {assignment.study_dir}")
+    if results.attempt_exists(assignment.study_dir, assignment.trial, assignment.attempt + 1):
+        raise LeaseLostError(f"{assignment.name} ends: another attempt goes on with it elsewhere")
+
+
+def _refuse_if_given_up(assignment: Assignment) -> None:
+    """Raise LeaseLostError where the study has taken a trial's attempt for lost, and written how it ended."""
+    if assignment.lease is None:
+        return
+    row = results.read_trial(assignment.study_dir, assignment.trial, assignment.attempt)
+    if row is not None and row["ended_at"] is not None:
+        raise LeaseLostError(f"{assignment.name} ends: its study has taken it for lost")
 
 
 @dataclasses.dataclass(frozen=True)

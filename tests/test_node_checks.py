@@ -38,8 +38,8 @@ WANTED = {**HEALTHY, "packages": {**HEALTHY["packages"], "torch": "2.13.0+cpu"}}
         (
             {"packages": {"python": "3.11.9", "ray": "2.60.0", "torch": "2.12.1"}, "code_sha256": "1"},
             [
-                "has Python 3.11.9 and not 3.11.7, torch 2.12.1 and not 2.13.0+cpu, as this node has: install "
-                "the versions of constraints.txt on every node"
+                "has Python 3.11.9 and not 3.11.7, torch 2.12.1 and not 2.13.0+cpu, as this node has: "
+                "install the versions of constraints.txt on every node"
             ],
         ),
         (
@@ -52,8 +52,8 @@ WANTED = {**HEALTHY, "packages": {**HEALTHY["packages"], "torch": "2.13.0+cpu"}}
         (
             {"code_sha256": "1" * 64},
             [
-                "has other code of raydisp than this node, although it calls itself the same version: bring it "
-                "there (`ray up` does)"
+                "has other code of raydisp than this node, although it calls itself the same version: "
+                "bring it there (`ray up` does)"
             ],
         ),
         (
@@ -67,8 +67,8 @@ WANTED = {**HEALTHY, "packages": {**HEALTHY["packages"], "torch": "2.13.0+cpu"}}
         (
             {"free": [["/tmp", 4 << 30], ["/cache", 6 << 30]]},
             [
-                "has 4.3 GB free on the disk of /tmp, and 5.4 GB are needed for the token blocks and what Ray "
-                "keeps: free some or give it a larger disk"
+                "has 4.3 GB free on the disk of /tmp, and 5.4 GB are needed for the token blocks and "
+                "what Ray keeps: free some or give it a larger disk"
             ],
         ),
         ({"problem": "does not see it"}, ["does not see it"]),
