@@ -5,6 +5,7 @@ Plain values and counting; `autoscaler` and `cluster` read them from Ray.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -15,6 +16,8 @@ class Node:
     cpus: float
     gpus: float
     is_head: bool = False
+    accelerator_type: str | None = None
+    """Ray's name for the kind of its GPUs."""
 
     def room(self, cpus: float, gpus: float) -> int:
         """How many workers of so many CPUs and GPUs it holds.
@@ -105,6 +108,23 @@ class Offer:
         """Workers that the nodes can hold once the autoscaler has started all it may."""
         grown = sum(number * node.room(cpus, gpus) for node, number in self._grown(cpus, gpus))
         return max(self.room_now(cpus, gpus), grown)
+
+    def only(self, accelerator_type: str) -> Offer:
+        """What of it has GPUs of one kind: other nodes are there, and hold nothing."""
+
+        def part(node: Node) -> Node:
+            fits = node.accelerator_type == accelerator_type
+            return node if fits else dataclasses.replace(node, cpus=0, gpus=0)
+
+        growth = self.growth
+        if growth is not None:
+            groups = tuple(
+                group
+                for group in growth.groups
+                if group.node is None or group.node.accelerator_type == accelerator_type
+            )
+            growth = dataclasses.replace(growth, groups=groups)
+        return dataclasses.replace(self, nodes=tuple(part(node) for node in self.nodes), growth=growth)
 
     def starts(self, num_workers: int, cpus: float, gpus: float) -> list[tuple[str, int]]:
         """Names and numbers of the nodes that an autoscaler starts for so many workers, at most.

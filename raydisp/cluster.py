@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from raydisp.autoscaler import HEAD_RESOURCE, read_growth
+from raydisp.autoscaler import HEAD_RESOURCE, node_of, read_growth
 from raydisp.capacity import Node, Offer, count, describe_workers
 from raydisp.config import ResourcesConfig, StudyConfig
 from raydisp.errors import ResourceError
@@ -40,11 +40,13 @@ class Plan:
     """Trials that the nodes hold that are there; None: as many as run at a time."""
     driver_resources: Mapping[str, float] = field(default_factory=lambda: dict(DRIVER_RESOURCES))
     """Of the process that waits for a trial's several workers."""
+    accelerator_type: str | None = None
 
     @property
     def needs(self) -> str:
         """For example `2 workers x 1 CPU + 1 GPU`."""
-        return describe_workers(self.num_workers, self.cpus_per_worker, self.gpus_per_worker)
+        text = describe_workers(self.num_workers, self.cpus_per_worker, self.gpus_per_worker)
+        return text + (f" ({self.accelerator_type})" if self.accelerator_type else "")
 
     def describe(self) -> str:
         """For example `1 worker x 1 CPU per trial, 2 trials at a time`."""
@@ -70,10 +72,15 @@ def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
     wanted: ResourcesConfig = study.resources
     cpus = wanted.cpus_per_worker
     gpus = wanted.gpus_per_worker
+    kind = wanted.accelerator_type
     if gpus == "auto":
-        gpus = 1.0 if offer.has_gpus else 0.0
+        gpus = 1.0 if offer.has_gpus or kind is not None else 0.0
+    has_head = offer.has_head
+    if kind is not None:
+        offer = offer.only(kind)
+        where = f"{where}, counting only nodes with {kind},"
     fitting = offer.room(cpus, gpus) // wanted.num_workers
-    if wanted.num_workers > 1 and offer.has_head:
+    if wanted.num_workers > 1 and has_head:
         fitting = min(fitting, MAX_DRIVERS)
     # What may join and has no known size is no ground for a refusal: the placement timeout decides.
     certain = not offer.num_unsized
@@ -103,7 +110,8 @@ def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
         float(gpus),
         concurrent,
         num_now=offer.room_now(cpus, gpus) // wanted.num_workers,
-        driver_resources=DRIVER_RESOURCES if offer.has_head else HEADLESS_DRIVER_RESOURCES,
+        driver_resources=DRIVER_RESOURCES if has_head else HEADLESS_DRIVER_RESOURCES,
+        accelerator_type=kind,
     )
 
 
@@ -208,8 +216,7 @@ def read_offer(*, can_grow: bool = True) -> Offer:
     nodes = []
     for node in ray.nodes():
         if node["Alive"]:
-            has = node["Resources"]
-            nodes.append(Node(has.get("CPU", 0), has.get("GPU", 0), is_head=HEAD_RESOURCE in has))
+            nodes.append(node_of(node["Resources"]))
     free = ray.available_resources()
     return Offer(
         tuple(nodes),

@@ -358,6 +358,13 @@ class ResourcesConfig(Section):
     gpus_per_worker: Annotated[
         Annotated[float, Field(ge=0.0)] | Literal["auto"], Field(description="auto: 1 where there are GPUs")
     ] = "auto"
+    accelerator_type: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+            description="only on nodes with GPUs of this kind, by Ray's name for it: L4, A100, H100, ...",
+        ),
+    ] = None
     max_concurrent_trials: Annotated[
         PositiveInt | Literal["auto"],
         Field(description="auto: as many as fit, counting what an autoscaler may add"),
@@ -378,6 +385,11 @@ class ResourcesConfig(Section):
             raise ValueError(
                 f"gpus_per_worker = {gpus:g}: Ray gives parts of one GPU, or whole ones; use "
                 f"{math.floor(gpus)} or {math.ceil(gpus)}"
+            )
+        if gpus == 0 and self.accelerator_type is not None:
+            raise ValueError(
+                f"accelerator_type = {self.accelerator_type} names a GPU, and gpus_per_worker = 0 asks for "
+                "none; leave one of them out"
             )
         return self
 

@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydisp import lease, results, retries, space, storage, tidy
 from raydisp.agenda import Agenda, Row
 from raydisp.arms import Arms
+from raydisp.autoscaler import ACCELERATOR
 from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
 from raydisp.confirm_runs import ConfirmDispatcher
@@ -389,6 +390,8 @@ def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:
     bundle = {"CPU": plan.cpus_per_worker}
     if plan.gpus_per_worker:
         bundle["GPU"] = plan.gpus_per_worker
+    if plan.accelerator_type is not None:  # a small part of what each such node has once
+        bundle[f"{ACCELERATOR}{plan.accelerator_type}"] = 0.001
     return tune.PlacementGroupFactory([bundle])
 
 

@@ -285,6 +285,8 @@ def _train_distributed(
             num_workers=study.resources.num_workers,
             use_gpu=assignment.gpus_per_worker > 0,
             resources_per_worker=resources,
+            accelerator_type=study.resources.accelerator_type,
+            placement_strategy="PACK",  # on one node where they fit, and else on as few as it takes
         ),
         run_config=RunConfig(
             # After the trial and its attempt, never the time: what Train stores can be told apart.
@@ -370,6 +372,7 @@ def train_share(
     from raydisp.checkpoint import CheckpointFolder
     from raydisp.train import train
 
+    limit_memory(layout.device, assignment.gpus_per_worker)
     if layout.device.type == "cpu":
         torch.set_num_threads(max(1, int(study.resources.cpus_per_worker)))
     # The study has made its data and pinned its model once; a trial that varies them makes its own.
@@ -552,6 +555,19 @@ def _device(gpus: float) -> Any:
     import torch
 
     return torch.device("cuda", 0) if gpus > 0 else torch.device("cpu")
+
+
+def limit_memory(device: Any, gpus: float) -> None:
+    """Keep a worker that has a part of a GPU to its part of the memory: then it is the one that runs out, and
+    not its neighbour. Ray counts the parts, and holds nobody to them.
+
+    Args:
+        gpus: of the worker; whole ones have all their memory.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(gpus if 0 < gpus < 1 else 1.0, device)
 
 
 def _device_name(device: Any) -> str:

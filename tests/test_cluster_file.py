@@ -63,8 +63,9 @@ def test_ray_prepares_and_accepts_it(name: str) -> None:
 @pytest.mark.parametrize("name", ["aws", "gcp"])
 def test_what_the_search_may_count_on(name: str) -> None:
     config = prepare_config(cluster_yaml() if name == "aws" else variant(name))
+    node = Node(8, 1, accelerator_type="L4" if name == "gcp" else None)  # on AWS Ray finds out
     assert autoscaler.growth_of_file(config) == Growth(
-        (NodeGroup("gpu_spot", Node(8, 1), 16), NodeGroup("gpu_on_demand", Node(8, 1), 16)), 16
+        (NodeGroup("gpu_spot", node, 16), NodeGroup("gpu_on_demand", node, 16)), 16
     )
 
 
