@@ -194,9 +194,10 @@ class Offer:
         return _amount(sum(n.cpus * k for n, k in nodes), sum(n.gpus * k for n, k in nodes), gpus)
 
 
-def describe_workers(num_workers: int, cpus: float, gpus: float) -> str:
-    """`2 workers x 1 CPU + 1 GPU`."""
-    text = f"{count(num_workers, 'worker')} x {cpus:g} CPU"
+def describe_workers(num_workers: int, cpus: float, gpus: float, *, at_least: int | None = None) -> str:
+    """`2 workers x 1 CPU + 1 GPU`, or `1 to 2 workers x 1 CPU`."""
+    fewer = "" if at_least is None or at_least == num_workers else f"{at_least} to "
+    text = f"{fewer}{count(num_workers, 'worker')} x {cpus:g} CPU"
     return text + (f" + {gpus:g} GPU" if gpus else "")
 
 

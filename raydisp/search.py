@@ -385,7 +385,7 @@ def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[
 
 def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:
     """A trial of one worker trains in its own process; one of several only waits in it for Ray Train."""
-    if plan.num_workers > 1:
+    if plan.through_ray_train:
         return tune.PlacementGroupFactory([dict(plan.driver_resources)])
     bundle = {"CPU": plan.cpus_per_worker}
     if plan.gpus_per_worker:

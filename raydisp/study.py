@@ -147,7 +147,7 @@ def _on_its_cluster(plan: StudyPlan, arguments: argparse.Namespace) -> StudyPlan
     if plan.resources is not None:
         return plan
     with (
-        cluster.running_ray(arguments.address, num_workers=2, verbose=arguments.verbose) as offer,
+        cluster.running_ray(arguments.address, through_ray_train=True, verbose=arguments.verbose) as offer,
         terminate_as_interrupt(),
     ):
         where = cluster.describe_place(offer, arguments.address)
@@ -234,7 +234,9 @@ def _run_trials(
     _say(arguments, plan.headline())
     with (
         cluster.running_ray(
-            arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
+            arguments.address,
+            through_ray_train=study.resources.goes_through_ray_train,
+            verbose=arguments.verbose,
         ) as offer,
         terminate_as_interrupt(),  # again: Ray has set a handler of its own
     ):

@@ -192,7 +192,7 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
         "study_json": json.dumps(assignment.study),
         "confirm_json": assignment.confirm_json,
-        "world_size": study.resources.num_workers,
+        "world_size": study.resources.max_workers,
         "strategy": trial.train.strategy,
         "error_type": None,
         "hostname": socket.gethostname(),
@@ -240,7 +240,7 @@ def _field(trial: TrialConfig, dotted: str) -> Any:
 def _place(
     assignment: Assignment, study: StudyConfig, trial: TrialConfig, started: float, report: Report
 ) -> dict[str, Any]:
-    if study.resources.num_workers == 1:
+    if not study.resources.goes_through_ray_train:
         return _train_here(assignment, study, trial, started, report)
     return _train_distributed(assignment, study, trial, started)
 
@@ -268,8 +268,15 @@ def _train_distributed(
     from ray.train.torch import TorchConfig
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from raydisp.elastic import choose_num_workers
     from raydisp.lean_trainer import LeanTrainer
 
+    num_workers = choose_num_workers(
+        study.resources,
+        trial.sequences_per_step,
+        assignment.gpus_per_worker,
+        again=assignment.attempt > 1,
+    )
     resources = {"CPU": study.resources.cpus_per_worker}
     if assignment.gpus_per_worker:
         resources["GPU"] = assignment.gpus_per_worker
@@ -282,7 +289,7 @@ def _train_distributed(
         },
         torch_config=TorchConfig(timeout_s=math.ceil(study.failures.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=study.resources.num_workers,
+            num_workers=num_workers,
             use_gpu=assignment.gpus_per_worker > 0,
             resources_per_worker=resources,
             accelerator_type=study.resources.accelerator_type,
@@ -318,7 +325,7 @@ def _not_begun(failure: Exception, assignment: Assignment, study: StudyConfig) -
     if kind not in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
         return failure
     wanted, gpus = study.resources, assignment.gpus_per_worker
-    needs = describe_workers(wanted.num_workers, wanted.cpus_per_worker, gpus)
+    needs = describe_workers(wanted.max_workers, wanted.cpus_per_worker, gpus, at_least=wanted.min_workers)
     offer = describe_offer(read_offer(), wanted.cpus_per_worker, gpus)
     if kind == "InsufficientClusterResourcesError":
         return ResourceError(f"resources: a trial of {needs} can never be placed; {offer}")

@@ -241,7 +241,7 @@ def test_a_job_runs_across_hosts(up: Up, tree: dict[str, Any], tmp_path: Path) -
         assert row["world_size"] == 2
         assert len(set(hosts_of(row))) == 2, "two hosts"
         assert set(hosts_of(row)) <= {"head", *WORKERS}
-    check_every_row(tree, tmp_path / "out" / "tiny", tmp_path, {})
+    check_every_row(tree, tmp_path / "out" / "tiny", tmp_path, {0: 1, 1: 1})
 
 
 def workers_now(up: Up) -> list[Host]:
