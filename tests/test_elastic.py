@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aws_server import free_port
 from conftest import start_command
 from pydantic import ValidationError
 from ray.cluster_utils import Cluster
@@ -101,7 +102,12 @@ def test_a_trial_goes_on_with_one_worker_where_two_began(tree: dict[str, Any], t
     folder = tmp_path / "out" / "tiny"
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1"},
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": free_port(),
+        },
     )
     try:
         other = cluster.add_node(num_cpus=1)
