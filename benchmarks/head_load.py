@@ -7,8 +7,8 @@
 *Waves* run the real search, Tune and Optuna included, on a Ray that is told it has as many CPUs as trials are
 to run at a time. A trial is a process of its own, as always, that writes its row and ends: what is left of it
 is what the head does for it. Trials per second are counted once every process has had two, without the start
-of processes; the driver's CPU seconds per trial are those of the command's process. Memory is the proportional
-set size (PSS), which counts once what processes share.
+of processes; the driver's CPU seconds per trial are those of the command's process. Memory is the
+proportional set size (PSS), which counts once what processes share.
 
 *Of a trial of several workers* these run on the head, wherever it trains: its driver, Ray Train's controller,
 and the process that cleans up after both. They are measured while a real trial of two workers trains.

@@ -15,6 +15,7 @@ import ray
 from tqdm import tqdm
 
 import raydisp
+from raydisp import shared_blocks
 from raydisp.agenda import Agenda
 from raydisp.capacity import Offer
 from raydisp.cluster import describe_place, plan_resources, read_offer
@@ -85,16 +86,17 @@ def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:
     Raises:
         RaydispError: the text does not allow it, or no CPU was free for it in time.
     """
-    from raydisp.data import find_prepared
+    from raydisp.data import prepared_folder
 
     trial, timeout_s = study.trial, study.resources.placement_timeout_s
-    found = find_prepared(trial, cache_dir)
-    if found is not None:  # a task would start a process to find the same
-        return found
+    folder = prepared_folder(trial, cache_dir)
+    if shared_blocks.fetch(folder, study.output):  # a task would start a process to find the same
+        shared_blocks.publish(folder, study.output)
+        return folder
     task = ray.remote(num_cpus=1, max_retries=0)(_prepare).options(num_returns="streaming")
     hidden = quiet or not sys.stderr.isatty()
     with tqdm(desc="Tokenising", unit="B", unit_scale=True, delay=1, disable=hidden, leave=False) as bar:
-        told_so_far = task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd())
+        told_so_far = task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd(), study.output)
         # It tells something every second once it runs.
         begun, _ = ray.wait([told_so_far], timeout=timeout_s)
         if not begun:
@@ -109,10 +111,18 @@ def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:
                 bar.update(told)
     if isinstance(told, RaydispError):
         raise told
+    # It may have been made on another node.
+    if not shared_blocks.fetch(told, study.output):
+        raise OutputError(
+            f"{told} was made on another node and is not on this one; put the results where all nodes do, on "
+            "a shared folder or in an object store (--output s3://bucket/folder)"
+        )
     return told
 
 
-def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterator[int | str | RaydispError]:
+def _prepare(
+    trial: dict[str, Any], cache_dir: str, working_dir: str, output: str
+) -> Iterator[int | str | RaydispError]:
     """Yields bytes of text done since the last time, about once a second, and at last the folder."""
     from raydisp.data import prepare
 
@@ -124,6 +134,7 @@ def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterato
         while not wait([making], timeout=1.0).done:
             yield sum(done.get() for _ in range(done.qsize()))
         try:
+            shared_blocks.publish(making.result(), output)
             yield making.result()
         # Errors as values: Ray would wrap them in one of its own.
         except RaydispError as error:

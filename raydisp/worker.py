@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import lease, node_checks, results, retries, space, storage, tidy
+from raydisp import lease, node_checks, results, retries, shared_blocks, space, storage, tidy
 from raydisp.capacity import describe_workers
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
 from raydisp.endings import describe_failure, root_cause
@@ -384,8 +384,8 @@ def train_share(
         torch.set_num_threads(max(1, int(study.resources.cpus_per_worker)))
     # The study has made its data and pinned its model once; a trial that varies them makes its own.
     folder = assignment.prepared
-    # Without a shared file system the study's folder is on another node.
-    if _varies(assignment, "data", "model") or not os.path.isdir(folder):
+    # Without a shared file system the study's folder is on another node, and a copy in the object store.
+    if _varies(assignment, "data", "model") or not shared_blocks.fetch(folder, study.output):
         folder = data.prepare(trial, assignment.cache_dir)
     meta = data.read_meta(folder)
     revision = assignment.model_revision

@@ -128,6 +128,7 @@ def test_a_trial_goes_on_with_one_worker_where_two_began(tree: dict[str, Any], t
         (0, 2, 1, "completed"),
         (1, 1, 1, "completed"),
     ]
+    tree["resources"] = {}
     for trial, weight in weights_of(folder).items():
         (tmp_path / str(trial)).mkdir()
         reference = undisturbed(tree, tmp_path / str(trial), weight)

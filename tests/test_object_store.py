@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from aws_server import KEY_ID, SECRET, in_environment, make_bucket, running_aws
 from conftest import run_command, start_command
 from test_on_ray import descendants, wait_for
 
-from raydisp import lease, results, storage
+from raydisp import data, lease, results, shared_blocks, storage
 from raydisp.compaction import compact
+from raydisp.config import StudyConfig
 from raydisp.errors import OutputError
 
 Row = dict[str, Any]
@@ -76,6 +78,32 @@ def test_one_command_holds_the_folder(bucket: str) -> None:
         with pytest.raises(OutputError, match="in use by another raydisp"), lease.hold(f"{bucket}/held"):
             pass
     assert not lease.still_held(f"{bucket}/held", held.id)
+
+
+def test_token_blocks_are_made_once_and_fetched_by_each_node(
+    bucket: str, study: StudyConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = f"{bucket}/shared"
+    made = data.prepare(study.trial, str(tmp_path / "here"))
+    key = os.path.basename(made)
+    elsewhere = str(tmp_path / "elsewhere" / key)
+    assert not shared_blocks.fetch(elsewhere, output)
+    assert not shared_blocks.fetch(elsewhere, str(tmp_path / "no store"))
+    shared_blocks.publish(made, output)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: shared_blocks.fetch(elsewhere, output), range(4)))
+    names = sorted(path.relative_to(made) for path in Path(made).rglob("*") if path.is_file())
+    for name in names:
+        assert (Path(elsewhere) / name).read_bytes() == (Path(made) / name).read_bytes()
+    assert data.read_meta(elsewhere) == data.read_meta(made)
+    left = {path.name for path in Path(elsewhere).parent.iterdir()}
+    assert left == {key, f".fetching-{key}.lock"}
+
+    storage.write_bytes(f"{output}/.cache/{key}/train.arrow", b"damaged")
+    third = str(tmp_path / "third" / key)
+    assert not shared_blocks.fetch(third, output), "they are made anew"
+    assert "train.arrow is damaged" in caplog.text
+    assert not os.path.exists(third)
 
 
 # --- a study --------------------------------------------------------------------------------------------
