@@ -22,6 +22,8 @@ from raydisp.capacity import Growth, Node, NodeGroup
 logger = logging.getLogger(__name__)
 
 HEAD_RESOURCE = "node:__internal_head__"
+ACCELERATOR = "accelerator_type:"
+"""Before the name of a node's GPUs, among its resources."""
 UNLIMITED = 1_000_000
 PATIENCE_S = 60.0
 """How long the head node is waited for; a process has to start there."""
@@ -75,7 +77,18 @@ def growth_of_file(config: Mapping[str, Any]) -> Growth | None:
 
 
 def _node(resources: Mapping[str, float]) -> Node | None:
-    return Node(resources.get("CPU", 0), resources.get("GPU", 0)) if resources else None
+    return node_of(resources) if resources else None
+
+
+def node_of(resources: Mapping[str, float]) -> Node:
+    """A node by what Ray counts on it."""
+    kinds = [name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR)]
+    return Node(
+        resources.get("CPU", 0),
+        resources.get("GPU", 0),
+        is_head=HEAD_RESOURCE in resources,
+        accelerator_type=kinds[0] if kinds else None,
+    )
 
 
 def _from_head_node() -> Growth | None:

@@ -5,6 +5,7 @@ Plain values and counting; `autoscaler` and `cluster` read them from Ray.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -15,6 +16,8 @@ class Node:
     cpus: float
     gpus: float
     is_head: bool = False
+    accelerator_type: str | None = None
+    """Ray's name for the kind of its GPUs."""
 
     def room(self, cpus: float, gpus: float) -> int:
         """How many workers of so many CPUs and GPUs it holds.
@@ -106,6 +109,49 @@ class Offer:
         grown = sum(number * node.room(cpus, gpus) for node, number in self._grown(cpus, gpus))
         return max(self.room_now(cpus, gpus), grown)
 
+    def only(self, accelerator_type: str) -> Offer:
+        """What of it has GPUs of one kind: other nodes are there, and hold nothing."""
+
+        def part(node: Node) -> Node:
+            fits = node.accelerator_type == accelerator_type
+            return node if fits else dataclasses.replace(node, cpus=0, gpus=0)
+
+        growth = self.growth
+        if growth is not None:
+            groups = tuple(
+                group
+                for group in growth.groups
+                if group.node is None or group.node.accelerator_type == accelerator_type
+            )
+            growth = dataclasses.replace(growth, groups=groups)
+        return dataclasses.replace(self, nodes=tuple(part(node) for node in self.nodes), growth=growth)
+
+    def starts(self, num_workers: int, cpus: float, gpus: float) -> list[tuple[str, int]]:
+        """Names and numbers of the nodes that an autoscaler starts for so many workers, at most.
+
+        It starts the roomiest first, as counted here; a real one may choose others of the same size. Nodes
+        of unknown size are left out.
+        """
+        if self.growth is None:
+            return []
+        missing = num_workers - self.room_now(cpus, gpus)
+        running = sum(not node.is_head for node in self.nodes)
+        left = self.growth.max_nodes - running - (1 if self.growth.with_head else 0)
+        chosen = []
+        for group in sorted(
+            (group for group in self.growth.groups if group.node is not None and group.node.room(cpus, gpus)),
+            key=lambda group: group.node.room(cpus, gpus) if group.node is not None else 0,
+            reverse=True,
+        ):
+            assert group.node is not None
+            number = min(-(-missing // group.node.room(cpus, gpus)), group.max_nodes, left)
+            if number <= 0:
+                break
+            chosen.append((group.name, number))
+            missing -= number * group.node.room(cpus, gpus)
+            left -= number
+        return chosen
+
     def describe(self, cpus: float, gpus: float) -> str:
         """`10 CPUs and 4 GPUs on 3 nodes now` and what it can become, for workers of so many of each."""
         text = self._total([(node, 1) for node in self.nodes], gpus)
@@ -148,9 +194,10 @@ class Offer:
         return _amount(sum(n.cpus * k for n, k in nodes), sum(n.gpus * k for n, k in nodes), gpus)
 
 
-def describe_workers(num_workers: int, cpus: float, gpus: float) -> str:
-    """`2 workers x 1 CPU + 1 GPU`."""
-    text = f"{count(num_workers, 'worker')} x {cpus:g} CPU"
+def describe_workers(num_workers: int, cpus: float, gpus: float, *, at_least: int | None = None) -> str:
+    """`2 workers x 1 CPU + 1 GPU`, or `1 to 2 workers x 1 CPU`."""
+    fewer = "" if at_least is None or at_least == num_workers else f"{at_least} to "
+    text = f"{fewer}{count(num_workers, 'worker')} x {cpus:g} CPU"
     return text + (f" + {gpus:g} GPU" if gpus else "")
 
 

@@ -269,6 +269,11 @@ class CheckpointFolder:
 
     # --- between the workers ---------------------------------------------------------------------------
 
+    def gather(self, told: Any) -> list[Any]:
+        """What each worker of the layout tells, in the order of their ranks; all must call it."""
+        self._make_group()
+        return self._all_gather(told)
+
     def _make_group(self) -> None:
         # Of its own, and on the CPU: the training's collectives go on while a checkpoint is written.
         if self._layout.world_size > 1 and self._group is None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from raydisp.autoscaler import HEAD_RESOURCE, read_growth
+from raydisp.autoscaler import HEAD_RESOURCE, node_of, read_growth
 from raydisp.capacity import Node, Offer, count, describe_workers
 from raydisp.config import ResourcesConfig, StudyConfig
 from raydisp.errors import ResourceError
@@ -33,6 +33,7 @@ class Plan:
     """What each trial gets and how many run at a time."""
 
     num_workers: int
+    """The most, where it is a range."""
     cpus_per_worker: float
     gpus_per_worker: float
     max_concurrent_trials: int
@@ -40,15 +41,22 @@ class Plan:
     """Trials that the nodes hold that are there; None: as many as run at a time."""
     driver_resources: Mapping[str, float] = field(default_factory=lambda: dict(DRIVER_RESOURCES))
     """Of the process that waits for a trial's several workers."""
+    accelerator_type: str | None = None
+    min_workers: int | None = None
+    """The fewest, where it is a range."""
+    through_ray_train: bool = False
 
     @property
     def needs(self) -> str:
         """For example `2 workers x 1 CPU + 1 GPU`."""
-        return describe_workers(self.num_workers, self.cpus_per_worker, self.gpus_per_worker)
+        text = describe_workers(
+            self.num_workers, self.cpus_per_worker, self.gpus_per_worker, at_least=self.min_workers
+        )
+        return text + (f" ({self.accelerator_type})" if self.accelerator_type else "")
 
     def describe(self) -> str:
         """For example `1 worker x 1 CPU per trial, 2 trials at a time`."""
-        driver = " (its driver takes no CPU)" if self.num_workers > 1 else ""
+        driver = " (its driver takes no CPU)" if self.through_ray_train else ""
         text = f"{self.needs} per trial{driver}, {count(self.max_concurrent_trials, 'trial')} at a time"
         if self.num_now is None or self.num_now >= self.max_concurrent_trials:
             return text
@@ -70,21 +78,29 @@ def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
     wanted: ResourcesConfig = study.resources
     cpus = wanted.cpus_per_worker
     gpus = wanted.gpus_per_worker
+    kind = wanted.accelerator_type
     if gpus == "auto":
-        gpus = 1.0 if offer.has_gpus else 0.0
-    fitting = offer.room(cpus, gpus) // wanted.num_workers
-    if wanted.num_workers > 1 and offer.has_head:
+        gpus = 1.0 if offer.has_gpus or kind is not None else 0.0
+    has_head = offer.has_head
+    if kind is not None:
+        offer = offer.only(kind)
+        where = f"{where}, counting only nodes with {kind},"
+    room = offer.room(cpus, gpus)
+    # An elastic trial is planned for in full; where not even one fits so, for as few workers as it may have.
+    planned = wanted.max_workers if room >= wanted.max_workers else wanted.min_workers
+    fitting = room // planned
+    if wanted.goes_through_ray_train and has_head:
         fitting = min(fitting, MAX_DRIVERS)
     # What may join and has no known size is no ground for a refusal: the placement timeout decides.
     certain = not offer.num_unsized
     if not fitting and certain:
-        needs = count(wanted.num_workers * cpus, "CPU")
+        needs = count(planned * cpus, "CPU")
         if gpus:
-            needs += f" and {count(wanted.num_workers * gpus, 'GPU')}"
+            needs += f" and {count(planned * gpus, 'GPU')}"
         raise ResourceError(
-            f"resources: a trial of {describe_workers(wanted.num_workers, cpus, gpus)} needs {needs}, and "
+            f"resources: a trial of {describe_workers(planned, cpus, gpus)} needs {needs}, and "
             f"{where} offers {offer.describe(cpus, gpus)}, which is room for "
-            f"{count(offer.room(cpus, gpus), 'worker')}; lower resources.num_workers, cpus_per_worker or "
+            f"{count(room, 'worker')}; lower resources.num_workers, cpus_per_worker or "
             "gpus_per_worker, or use more machines (--address)"
         )
     if wanted.max_concurrent_trials == "auto":
@@ -98,13 +114,23 @@ def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
     else:
         concurrent = wanted.max_concurrent_trials
     return Plan(
-        wanted.num_workers,
+        wanted.max_workers,
         cpus,
         float(gpus),
         concurrent,
-        num_now=offer.room_now(cpus, gpus) // wanted.num_workers,
-        driver_resources=DRIVER_RESOURCES if offer.has_head else HEADLESS_DRIVER_RESOURCES,
+        num_now=offer.room_now(cpus, gpus) // planned,
+        driver_resources=DRIVER_RESOURCES if has_head else HEADLESS_DRIVER_RESOURCES,
+        accelerator_type=kind,
+        min_workers=wanted.min_workers,
+        through_ray_train=wanted.goes_through_ray_train,
     )
+
+
+def describe_place(offer: Offer, address: str | None) -> str:
+    """What the machines are, for `plan_resources`."""
+    if len(offer.nodes) < 2 and offer.growth is None:
+        return "Ray"
+    return f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}"
 
 
 def this_machine() -> Node:
@@ -127,13 +153,15 @@ def joins_cluster(address: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = False) -> Iterator[Offer]:
+def running_ray(
+    address: str | None, *, through_ray_train: bool = False, verbose: bool = False
+) -> Iterator[Offer]:
     """Ray for the time of a study: a cluster joined, or a local one started and ended again.
 
     Args:
         address: of a cluster, or "local"; None: RAY_ADDRESS, else one started on this machine by `ray start`,
             else a local one.
-        num_workers: of a trial: with one, nobody uses Ray Train.
+        through_ray_train: whether trials have workers of their own.
     Yields:
         The nodes that are alive, and what an autoscaler may add to them.
     Raises:
@@ -151,7 +179,7 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `search` has its own
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "60")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    if num_workers == 1:
+    if not through_ray_train:
         # In every process of a local Ray as it starts, while the command goes on.
         os.environ.setdefault("RAY_preload_python_modules", ",".join(PRELOADED))
     import ray
@@ -169,7 +197,7 @@ def running_ray(address: str | None, *, num_workers: int = 1, verbose: bool = Fa
                 address="local",
                 num_cpus=int(node.cpus),
                 num_gpus=int(node.gpus),
-                include_dashboard=num_workers > 1,
+                include_dashboard=through_ray_train,
                 dashboard_host="127.0.0.1",
                 **options,
             )
@@ -201,8 +229,7 @@ def read_offer(*, can_grow: bool = True) -> Offer:
     nodes = []
     for node in ray.nodes():
         if node["Alive"]:
-            has = node["Resources"]
-            nodes.append(Node(has.get("CPU", 0), has.get("GPU", 0), is_head=HEAD_RESOURCE in has))
+            nodes.append(node_of(node["Resources"]))
     free = ray.available_resources()
     return Offer(
         tuple(nodes),

@@ -354,11 +354,25 @@ class FailuresConfig(Section):
 class ResourcesConfig(Section):
     """What one trial gets, and how many run at a time."""
 
-    num_workers: Annotated[Int, Field(ge=1, le=10_000, description="data-parallel processes of a trial")] = 1
+    num_workers: Annotated[
+        Annotated[Int, Field(ge=1, le=10_000)]
+        | Annotated[list[Annotated[Int, Field(ge=1, le=10_000)]], Field(min_length=2, max_length=2)],
+        Field(
+            description="data-parallel processes of a trial; [min, max]: an attempt begins with as many as "
+            "there is room for"
+        ),
+    ] = 1
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
     gpus_per_worker: Annotated[
         Annotated[float, Field(ge=0.0)] | Literal["auto"], Field(description="auto: 1 where there are GPUs")
     ] = "auto"
+    accelerator_type: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+            description="only on nodes with GPUs of this kind, by Ray's name for it: L4, A100, H100, ...",
+        ),
+    ] = None
     max_concurrent_trials: Annotated[
         PositiveInt | Literal["auto"],
         Field(description="auto: as many as fit, counting what an autoscaler may add"),
@@ -372,6 +386,38 @@ class ResourcesConfig(Section):
         ),
     ] = 1800.0
 
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        return not isinstance(self.num_workers, int)
+
+    @property
+    def goes_through_ray_train(self) -> bool:
+        """Else a trial trains in its own process."""
+        return self.is_elastic or self.max_workers > 1
+
+    def worker_counts(self, num_sequences: int) -> list[int]:
+        """The numbers of workers that share a batch of so many sequences evenly, in order."""
+        return [
+            number for number in range(self.min_workers, self.max_workers + 1) if num_sequences % number == 0
+        ]
+
+    @model_validator(mode="after")
+    def _fewer_to_more(self) -> ResourcesConfig:
+        if self.is_elastic and self.min_workers >= self.max_workers:
+            raise ValueError(
+                f"num_workers = [{self.min_workers}, {self.max_workers}] is no range; give [min, max] with "
+                "min below max, or one number"
+            )
+        return self
+
     @model_validator(mode="after")
     def _whole_gpus(self) -> ResourcesConfig:
         gpus = self.gpus_per_worker
@@ -379,6 +425,11 @@ class ResourcesConfig(Section):
             raise ValueError(
                 f"gpus_per_worker = {gpus:g}: Ray gives parts of one GPU, or whole ones; use "
                 f"{math.floor(gpus)} or {math.ceil(gpus)}"
+            )
+        if gpus == 0 and self.accelerator_type is not None:
+            raise ValueError(
+                f"accelerator_type = {self.accelerator_type} names a GPU, and gpus_per_worker = 0 asks for "
+                "none; leave one of them out"
             )
         return self
 
@@ -493,13 +544,15 @@ class StudyConfig(TrialConfig):
 
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> StudyConfig:
-        sequences, workers = self.sequences_per_step, self.resources.num_workers
-        if self.train.strategy == "fsdp" and workers == 1:
+        sequences, resources = self.sequences_per_step, self.resources
+        if self.train.strategy == "fsdp" and resources.min_workers == 1:
             raise ValueError(
-                "train.strategy = fsdp shards a model over workers, and resources.num_workers = 1; use ddp, "
-                "or at least 2 workers"
+                f"train.strategy = fsdp shards a model over workers, and resources.num_workers = "
+                f"{resources.num_workers}; use ddp, or at least 2 workers"
             )
-        if sequences % workers:
+        for workers in {resources.min_workers, resources.max_workers}:
+            if sequences % workers == 0:
+                continue
             nearest = _nearest_multiples(self.train.global_batch_tokens, self.data.context_length * workers)
             raise ValueError(
                 f"train.global_batch_tokens = {self.train.global_batch_tokens} is {sequences} sequences of "

@@ -100,14 +100,23 @@ def prepare(trial: TrialConfig, cache_dir: str, progress: Callable[[int], Any] |
     return str(folder)
 
 
+def prepared_folder(trial: TrialConfig, cache_dir: str) -> str:
+    """The folder that `prepare` would return, whether or not the token blocks are there already.
+
+    Raises:
+        DataError, ModelError: as `prepare`.
+    """
+    return str(Path(cache_dir) / _key(trial, _open_corpus(trial, cache_dir)))
+
+
 def find_prepared(trial: TrialConfig, cache_dir: str) -> str | None:
     """The folder that `prepare` would return, if the token blocks are there already; else None.
 
     Raises:
         DataError, ModelError: as `prepare`.
     """
-    folder = Path(cache_dir) / _key(trial, _open_corpus(trial, cache_dir))
-    return str(folder) if (folder / "meta.json").is_file() else None
+    folder = prepared_folder(trial, cache_dir)
+    return folder if os.path.isfile(os.path.join(folder, "meta.json")) else None
 
 
 def cache_folder(output: str) -> str:

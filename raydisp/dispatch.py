@@ -44,6 +44,8 @@ class Launch:
     """Of the study's data."""
     lease: str | None = None
     """Of the results folder; a trial that finds another one there stops."""
+    code_sha256: str | None = None
+    """Of the code, which all nodes must have; None: it is not looked at."""
 
     def assign(
         self,
@@ -83,6 +85,7 @@ class Launch:
             lease=self.lease,
             confirm_json=confirm_json,
             keep_model=keep_model,
+            code_sha256=self.code_sha256,
         )
 
 

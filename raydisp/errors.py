@@ -33,6 +33,10 @@ class ResourceError(RaydispError):
     """The machine or the cluster cannot offer what a trial needs."""
 
 
+class NodeError(RaydispError):
+    """A node of the cluster is not fit for the study; one sentence per problem."""
+
+
 class OutputError(RaydispError):
     """The results folder cannot be written, or holds something else."""
 

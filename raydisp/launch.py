@@ -10,17 +10,17 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
+from raydisp import shared_blocks
 from raydisp.agenda import Agenda
 from raydisp.arms import dimensions
 from raydisp.capacity import Offer
-from raydisp.cluster import plan_resources, read_offer
+from raydisp.cluster import describe_place, plan_resources, read_offer
 from raydisp.config import StudyConfig, TrialConfig
 from raydisp.dispatch import Launch
 from raydisp.errors import OutputError, RaydispError, ResourceError
-from raydisp.lease import still_held
+from raydisp.node_checks import code_sha256
 from raydisp.placement import describe_offer, not_placed
 from raydisp.versions import code_version, package_versions
 
@@ -36,10 +36,7 @@ def prepare_launch(
     from raydisp.data import cache_folder, read_meta
     from raydisp.models import resolve_revision
 
-    where = "Ray"
-    if len(offer.nodes) > 1 or offer.growth is not None:
-        where = f"the cluster at {address or os.environ.get('RAY_ADDRESS', 'auto')}"
-    plan = plan_resources(study, offer, where=where)
+    plan = plan_resources(study, offer, where=describe_place(offer, address))
     cache_dir = cache_folder(study.output)
     revision = resolve_revision(study.model)
     prepared = _prepare_data(study, cache_dir, quiet=quiet)
@@ -54,6 +51,8 @@ def prepare_launch(
         packages=package_versions(),
         plan=plan,
         data_sha256=read_meta(prepared)["data_sha256"],
+        # On a machine of one's own the code is that of the moment, whoever edits it.
+        code_sha256=code_sha256() if len(offer.nodes) > 1 or offer.growth is not None else None,
     )
 
 
@@ -81,46 +80,23 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
                 )
 
 
-def refuse_blind_nodes(study_dir: str, lease_id: str) -> None:
-    """Every node of a cluster must see the results folder, or its trials would write where nobody looks.
-
-    Raises:
-        OutputError: one does not.
-    """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
-        return
-    look = ray.remote(num_cpus=0, max_retries=0)(still_held)
-    asked = {
-        node["NodeManagerHostname"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        ).remote(study_dir, lease_id)
-        for node in nodes
-    }
-    for host, answer in asked.items():
-        if not ray.get(answer):
-            raise OutputError(
-                f"node {host} of the cluster does not see {study_dir}; put the results where all nodes do, "
-                "on a shared folder or in an object store (--output s3://bucket/folder)"
-            )
-
-
 def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:
     """Make the token blocks in a Ray task, or find them; returns their folder.
 
     Raises:
         RaydispError: the text does not allow it, or no CPU was free for it in time.
     """
-    from raydisp.data import find_prepared
+    from raydisp.data import prepared_folder
 
     trial, timeout_s = study.trial, study.resources.placement_timeout_s
-    found = find_prepared(trial, cache_dir)
-    if found is not None:  # a task would start a process to find the same
-        return found
+    folder = prepared_folder(trial, cache_dir)
+    if shared_blocks.fetch(folder, study.output):  # a task would start a process to find the same
+        shared_blocks.publish(folder, study.output)
+        return folder
     task = ray.remote(num_cpus=1, max_retries=0)(_prepare).options(num_returns="streaming")
     hidden = quiet or not sys.stderr.isatty()
     with tqdm(desc="Tokenising", unit="B", unit_scale=True, delay=1, disable=hidden, leave=False) as bar:
-        told_so_far = task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd())
+        told_so_far = task.remote(trial.model_dump(mode="json"), cache_dir, os.getcwd(), study.output)
         # It tells something every second once it runs.
         begun, _ = ray.wait([told_so_far], timeout=timeout_s)
         if not begun:
@@ -135,10 +111,18 @@ def _prepare_data(study: StudyConfig, cache_dir: str, *, quiet: bool) -> str:
                 bar.update(told)
     if isinstance(told, RaydispError):
         raise told
+    # It may have been made on another node.
+    if not shared_blocks.fetch(told, study.output):
+        raise OutputError(
+            f"{told} was made on another node and is not on this one; put the results where all nodes do, on "
+            "a shared folder or in an object store (--output s3://bucket/folder)"
+        )
     return told
 
 
-def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterator[int | str | RaydispError]:
+def _prepare(
+    trial: dict[str, Any], cache_dir: str, working_dir: str, output: str
+) -> Iterator[int | str | RaydispError]:
     """Yields bytes of text done since the last time, about once a second, and at last the folder."""
     from raydisp.data import prepare
 
@@ -150,6 +134,7 @@ def _prepare(trial: dict[str, Any], cache_dir: str, working_dir: str) -> Iterato
         while not wait([making], timeout=1.0).done:
             yield sum(done.get() for _ in range(done.qsize()))
         try:
+            shared_blocks.publish(making.result(), output)
             yield making.result()
         # Errors as values: Ray would wrap them in one of its own.
         except RaydispError as error:

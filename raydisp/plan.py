@@ -19,6 +19,7 @@ from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_embeddings
+from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac
 from raydisp.warm_start import WarmStart, read_warm_starts
@@ -34,10 +35,26 @@ class StudyPlan:
     model: ModelSummary
     corpus: CorpusSummary
     resources: Plan | None
-    """None where a cluster is joined: it is asked when the study starts."""
+    """None where a cluster is joined that has not been asked yet."""
     warm_starts: list[WarmStart]
     forgets_head: bool = False
     """Active forgetting would draw the output head anew too: it shares the input embeddings' weight."""
+
+    cluster: Offer | None = None
+    """The cluster that was asked; None: it is this machine, or was not."""
+
+    def needs(self, lease_id: str | None) -> Needs:
+        """What every node of a cluster must have.
+
+        Args:
+            lease_id: of the results folder; None: nothing is to be written.
+        """
+        return Needs(
+            study_dir=self.study_dir,
+            lease_id=lease_id,
+            cache_dir=cache_folder(self.study.output),
+            data_bytes=(self.corpus.num_bytes or 0) // 2,
+        )
 
     def headline(self) -> str:
         """One line: what is about to run."""
@@ -98,6 +115,7 @@ class StudyPlan:
                 if self.resources
                 else "of the cluster, asked when the study starts",
             ),
+            *[("cluster" if index == 0 else "", text) for index, text in enumerate(self._describe_cluster())],
             ("disk", self._describe_disk()),
         ]
         warnings = self.warnings()
@@ -283,6 +301,27 @@ class StudyPlan:
                 f"input embeddings drawn anew every {forgetting.every_steps:,} steps, "
                 f"{_count((self.study.num_steps - 1) // forgetting.every_steps, 'time')} in all; their peak "
                 f"learning rate {forgetting.learning_rate:g}"
+            )
+        return lines
+
+    def _describe_cluster(self) -> list[str]:
+        """What there is, and what its autoscaler is going to start."""
+        plan, offer = self.resources, self.cluster
+        if plan is None or offer is None:
+            return []
+        cpus, gpus = plan.cpus_per_worker, plan.gpus_per_worker
+        lines = [offer.describe(cpus, gpus)]
+        if len(offer.nodes) > 1:
+            lines.append(
+                f"all {len(offer.nodes)} nodes have the same versions, and shared memory and disk enough"
+            )
+        if offer.growth is not None:
+            concurrent = min(plan.max_concurrent_trials, self.work.num_trials(self.study))
+            starts = offer.starts(concurrent * plan.num_workers, cpus, gpus)
+            told = " and ".join(f"{_count(number, 'node')} of {name}" for name, number in starts)
+            lines.append(
+                f"its autoscaler is going to start {told or 'no node'} for "
+                f"{_count(concurrent, 'trial')} at a time"
             )
         return lines
 

@@ -227,6 +227,11 @@ def read_trial(study_dir: str, trial: int, attempt: int) -> dict[str, Any] | Non
         return rows[0] if rows else None
 
 
+def attempt_exists(study_dir: str, trial: int, attempt: int) -> bool:
+    """Whether an attempt has begun, as far as small files tell; one request to an object store."""
+    return storage.exists(_attempt_place(study_dir, trial, attempt))
+
+
 def read_attempts(
     study_dir: str, trial: int, *, through: int = 0, strict: bool = False
 ) -> list[dict[str, Any]]:

@@ -20,12 +20,14 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydisp import lease, results, retries, space, storage, tidy
 from raydisp.agenda import Agenda, Row
 from raydisp.arms import Arms
+from raydisp.autoscaler import ACCELERATOR
 from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
 from raydisp.confirm_runs import ConfirmDispatcher
@@ -43,6 +45,8 @@ from raydisp.warm_start import WarmStart
 from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
 
 logger = logging.getLogger(__name__)
+
+SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 RunTrial = Callable[[Assignment, Report], Row]
 
@@ -293,6 +297,9 @@ def _run_on_tune(
         scratch: local folder for what Tune writes.
     """
     study = launch.study
+    # Tune would put these from the environment of the command into that of each trial, by way of a log file
+    # and the dashboard. A trial has those of its node: of its role, or of whoever started Ray there.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
     placement = PlacementWatch(study.resources.placement_timeout_s, launch.plan.needs)
     tuner = tune.Tuner(
         tune.with_resources(_trainable(study, run), _trial_resources(launch.plan)),
@@ -384,11 +391,13 @@ def _trainable(study: StudyConfig, run: RunTrial = run_trial) -> Callable[[dict[
 
 def _trial_resources(plan: Plan) -> tune.PlacementGroupFactory:
     """A trial of one worker trains in its own process; one of several only waits in it for Ray Train."""
-    if plan.num_workers > 1:
+    if plan.through_ray_train:
         return tune.PlacementGroupFactory([dict(plan.driver_resources)])
     bundle = {"CPU": plan.cpus_per_worker}
     if plan.gpus_per_worker:
         bundle["GPU"] = plan.gpus_per_worker
+    if plan.accelerator_type is not None:  # a small part of what each such node has once
+        bundle[f"{ACCELERATOR}{plan.accelerator_type}"] = 0.001
     return tune.PlacementGroupFactory([bundle])
 
 

@@ -287,7 +287,7 @@ def simulate(study: StudyConfig, recorded: Recorded) -> Simulation:
     clock = [0.0]
     auto = study.resources.max_concurrent_trials == "auto"
     slots = 1 if auto else int(study.resources.max_concurrent_trials)
-    plan = Plan(study.resources.num_workers, study.resources.cpus_per_worker, 0.0, slots)
+    plan = Plan(study.resources.max_workers, study.resources.cpus_per_worker, 0.0, slots)
     launch = Launch(study, "", "", "", "", None, "simulated", {}, plan)
     rule = StopRule(study) if study.search.stopping is not None else None
     arms = Arms(study)

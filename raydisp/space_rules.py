@@ -361,6 +361,7 @@ def _problem_with(study: StudyConfig, values: dict[str, Any], explain: Explain) 
         trial = TrialConfig.model_validate(tree)
     except ValidationError as error:
         return explain(error, tree)
-    if trial.sequences_per_step % study.resources.num_workers:
-        return f"resources.num_workers = {study.resources.num_workers} cannot share its batch evenly"
+    for workers in (study.resources.min_workers, study.resources.max_workers):
+        if trial.sequences_per_step % workers:
+            return f"resources.num_workers = {workers} cannot share its batch evenly"
     return None

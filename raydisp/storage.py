@@ -7,6 +7,7 @@ skip (`_tmp-...`), flushed to the disk, and renamed. Object stores show an objec
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import uuid
@@ -16,6 +17,8 @@ import pyarrow.fs as pafs
 from raydisp.errors import OutputError
 
 logger = logging.getLogger(__name__)
+
+OBJECT_STORES = ("s3", "gs", "gcs")
 
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
@@ -27,7 +30,12 @@ def resolve(location: str) -> tuple[pafs.FileSystem, str]:
     if "\0" in location:
         raise OutputError(f"{location!r} is no path: it holds a null character")
     if "://" in location:
+        scheme, _, rest = location.partition("://")
+        bucket, slash, key = rest.partition("/")
         try:
+            if scheme in OBJECT_STORES and "?" not in rest and bucket and "@" not in bucket:
+                settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+                return _object_store(scheme, bucket, settings), bucket + slash + key.rstrip("/")
             filesystem, path = pafs.FileSystem.from_uri(location)
         except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
             reason = " ".join(str(error).split())[:300]
@@ -36,6 +44,20 @@ def resolve(location: str) -> tuple[pafs.FileSystem, str]:
             ) from None
         return filesystem, path
     return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
+
+
+@functools.lru_cache(maxsize=64)
+def _object_store(scheme: str, bucket: str, settings: tuple[tuple[str, str], ...]) -> pafs.FileSystem:
+    """Made once: a new client asks for its credentials and for the bucket's region anew, for every file.
+
+    Args:
+        settings: the environment that it was made in; another one needs another client.
+    """
+    return pafs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+
+
+def _is_object_store(filesystem: pafs.FileSystem) -> bool:
+    return filesystem.type_name in OBJECT_STORES
 
 
 def join(location: str, *parts: str) -> str:
@@ -63,9 +85,13 @@ def write_bytes(location: str, content: bytes) -> None:
     filesystem, path = resolve(location)
     try:
         parent = path.rsplit("/", 1)[0]
+        if _is_object_store(filesystem):
+            # It has no folders, and shows an object only when its upload is complete.
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+            return
         filesystem.create_dir(parent, recursive=True)
         if not isinstance(filesystem, pafs.LocalFileSystem):
-            # Object stores show an object only when its upload is complete.
             with filesystem.open_output_stream(path) as stream:
                 stream.write(content)
             return

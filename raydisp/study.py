@@ -113,10 +113,10 @@ def _run(arguments: argparse.Namespace) -> int:
     _refuse_other_study(study, study_dir)
     storage.check_writable(study_dir)
     check_trackers(study.trackers, study_dir)
-    if arguments.dry_run:
-        print(_plan(study, study_dir, arguments).describe())
-        return EXIT_DONE
     plan = _plan(study, study_dir, arguments)
+    if arguments.dry_run:
+        print(_on_its_cluster(plan, arguments).describe())
+        return EXIT_DONE
     with lease.hold(study_dir) as held:
         results.finish_compaction(study_dir)
         # Once more: only now is the folder ours, and another command may have filled it since.
@@ -144,6 +144,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> StudyPlan:
     return make_plan(study, study_dir, arguments.address, retry_failed=arguments.retry_failed)
+
+
+def _on_its_cluster(plan: StudyPlan, arguments: argparse.Namespace) -> StudyPlan:
+    """The plan with what a cluster offers for it, where one would be joined: its nodes are asked, too."""
+    from raydisp import cluster, node_checks
+
+    if plan.resources is not None:
+        return plan
+    with (
+        cluster.running_ray(arguments.address, through_ray_train=True, verbose=arguments.verbose) as offer,
+        terminate_as_interrupt(),
+    ):
+        where = cluster.describe_place(offer, arguments.address)
+        resources = cluster.plan_resources(plan.study, offer, where=where)
+        node_checks.refuse_unfit_nodes(plan.needs(None))
+        return dataclasses.replace(plan, resources=resources, cluster=offer)
 
 
 def _told_done(work: Work) -> str:
@@ -218,25 +234,27 @@ def _run_trials(
     Raises:
         NothingToConfirmError: the search has found nothing that could be confirmed.
     """
-    from raydisp import cluster
-    from raydisp.launch import prepare_launch, refuse_blind_nodes, refuse_other_content
+    from raydisp import cluster, node_checks
+    from raydisp.launch import prepare_launch, refuse_other_content
     from raydisp.progress import Progress, tokens_reached
 
     _say(arguments, plan.headline())
     with contextlib.ExitStack() as stack:
         offer = stack.enter_context(
             cluster.running_ray(
-                arguments.address, num_workers=study.resources.num_workers, verbose=arguments.verbose
+                arguments.address,
+                through_ray_train=study.resources.goes_through_ray_train,
+                verbose=arguments.verbose,
             )
         )
         stack.enter_context(terminate_as_interrupt())  # again: Ray has set a handler of its own
         from raydisp import trackers
         from raydisp.search import run_confirm, run_search
 
+        node_checks.refuse_unfit_nodes(plan.needs(held.id))
         launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
         launch = dataclasses.replace(launch, lease=held.id)
         refuse_other_content(launch, plan.work.search)
-        refuse_blind_nodes(study_dir, held.id)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
         _say(arguments, f"Running {launch.plan.describe()}.")

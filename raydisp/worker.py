@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raydisp import lease, results, retries, space, storage, tidy
+from raydisp import lease, node_checks, results, retries, shared_blocks, space, storage, tidy
 from raydisp.capacity import describe_workers
 from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
 from raydisp.endings import describe_failure, root_cause
@@ -78,6 +78,8 @@ class Assignment:
     """Of the confirm phase: its frozen plan, which stands on every row."""
     keep_model: bool = False
     """Whether the weights are kept when the trial has completed."""
+    code_sha256: str | None = None
+    """Of the code on the node where the study was started; None: it is not looked at."""
 
     @property
     def name(self) -> str:
@@ -127,6 +129,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
         earlier = [attempt for attempt in known if attempt["attempt"] < assignment.attempt]
         # There from the start: whatever is killed from now on, the study knows what to go on with.
         results.write_trial(assignment.study_dir, row, searched)
+        node_checks.refuse_other_versions(assignment.packages, assignment.code_sha256)
         trial = _combined(study, assignment.values)
         row["config_sha256"] = trial.sha256
         smaller = retries.reduced_micro_batch(earlier, context_length=context_length)
@@ -150,6 +153,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
             row["status"] = "interrupted"
     row["ended_at"] = _utc(time.time())
     _refuse_if_taken_over(assignment)
+    _refuse_if_given_up(assignment)
     try:
         results.write_trial(assignment.study_dir, row, searched)
         # A trial that has ended for good needs its checkpoints no more.
@@ -189,7 +193,7 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "config_json": json.dumps(with_fields(trial, assignment.values), sort_keys=True),
         "study_json": json.dumps(assignment.study),
         "confirm_json": assignment.confirm_json,
-        "world_size": study.resources.num_workers,
+        "world_size": study.resources.max_workers,
         "strategy": trial.train.strategy,
         "error_type": None,
         "hostname": socket.gethostname(),
@@ -237,7 +241,7 @@ def _field(trial: TrialConfig, dotted: str) -> Any:
 def _place(
     assignment: Assignment, study: StudyConfig, trial: TrialConfig, started: float, report: Report
 ) -> dict[str, Any]:
-    if study.resources.num_workers == 1:
+    if not study.resources.goes_through_ray_train:
         return _train_here(assignment, study, trial, started, report)
     return _train_distributed(assignment, study, trial, started)
 
@@ -265,8 +269,15 @@ def _train_distributed(
     from ray.train.torch import TorchConfig
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from raydisp.elastic import choose_num_workers
     from raydisp.lean_trainer import LeanTrainer
 
+    num_workers = choose_num_workers(
+        study.resources,
+        trial.sequences_per_step,
+        assignment.gpus_per_worker,
+        again=assignment.attempt > 1,
+    )
     resources = {"CPU": study.resources.cpus_per_worker}
     if assignment.gpus_per_worker:
         resources["GPU"] = assignment.gpus_per_worker
@@ -279,9 +290,11 @@ def _train_distributed(
         },
         torch_config=TorchConfig(timeout_s=math.ceil(study.failures.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=study.resources.num_workers,
+            num_workers=num_workers,
             use_gpu=assignment.gpus_per_worker > 0,
             resources_per_worker=resources,
+            accelerator_type=study.resources.accelerator_type,
+            placement_strategy="PACK",  # on one node where they fit, and else on as few as it takes
         ),
         run_config=RunConfig(
             # After the trial and its attempt, never the time: what Train stores can be told apart.
@@ -313,7 +326,7 @@ def _not_begun(failure: Exception, assignment: Assignment, study: StudyConfig) -
     if kind not in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
         return failure
     wanted, gpus = study.resources, assignment.gpus_per_worker
-    needs = describe_workers(wanted.num_workers, wanted.cpus_per_worker, gpus)
+    needs = describe_workers(wanted.max_workers, wanted.cpus_per_worker, gpus, at_least=wanted.min_workers)
     offer = describe_offer(read_offer(), wanted.cpus_per_worker, gpus)
     if kind == "InsufficientClusterResourcesError":
         return ResourceError(f"resources: a trial of {needs} can never be placed; {offer}")
@@ -335,6 +348,7 @@ def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     layout = Layout(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     study = StudyConfig.model_validate(assignment.study)
     trial = TrialConfig.model_validate(loop_config["trial"])
+    node_checks.refuse_other_versions(assignment.packages, assignment.code_sha256)
     try:
         return train_share(
             assignment, study, trial, loop_config["started"], layout, ray.train.report, notice_to_the_workers
@@ -366,12 +380,13 @@ def train_share(
     from raydisp.checkpoint import CheckpointFolder
     from raydisp.train import train
 
+    limit_memory(layout.device, assignment.gpus_per_worker)
     if layout.device.type == "cpu":
         torch.set_num_threads(max(1, int(study.resources.cpus_per_worker)))
     # The study has made its data and pinned its model once; a trial that varies them makes its own.
     folder = assignment.prepared
-    # Without a shared file system the study's folder is on another node.
-    if _varies(assignment, "data", "model") or not os.path.isdir(folder):
+    # Without a shared file system the study's folder is on another node, and a copy in the object store.
+    if _varies(assignment, "data", "model") or not shared_blocks.fetch(folder, study.output):
         folder = data.prepare(trial, assignment.cache_dir)
     meta = data.read_meta(folder)
     revision = assignment.model_revision
@@ -391,6 +406,7 @@ def train_share(
     checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout, timeout_s=timeout_s)
     resume_from = checkpoints.find()
     resumed_step = resume_from.step if resume_from else 0
+    hosts = checkpoints.gather(socket.gethostname())
     rows = None
     if layout.is_main:
         _refuse_if_taken_over(assignment)
@@ -440,7 +456,7 @@ def train_share(
         "precision": result.precision,
         "micro_batch_tokens": result.micro_batch_tokens,
         "device": _device_name(layout.device),
-        "hostname": socket.gethostname(),
+        "hostname": ", ".join(dict.fromkeys(hosts)),
         "data_sha256": meta["data_sha256"],
         "model_revision": revision,
         "used": result.used,
@@ -492,13 +508,27 @@ def _keep_model(
 
 
 def _refuse_if_taken_over(assignment: Assignment) -> None:
-    """A process that outlives its study, cut off from it, must not write into what another one goes on with.
+    """A process that outlives its study, or its attempt, cut off from both, must not write into what another
+    one goes on with.
 
     Raises:
-        LeaseLostError: another command holds the results folder.
+        LeaseLostError: another command holds the results folder, or another attempt has begun.
     """
-    if assignment.lease is not None and not lease.still_held(assignment.study_dir, assignment.lease):
+    if assignment.lease is None:
+        return
+    if not lease.still_held(assignment.study_dir, assignment.lease):
         raise LeaseLostError(f"{assignment.name} ends: its study no longer holds {assignment.study_dir}")
+    if results.attempt_exists(assignment.study_dir, assignment.trial, assignment.attempt + 1):
+        raise LeaseLostError(f"{assignment.name} ends: another attempt goes on with it elsewhere")
+
+
+def _refuse_if_given_up(assignment: Assignment) -> None:
+    """Raise LeaseLostError where the study has taken a trial's attempt for lost, and written how it ended."""
+    if assignment.lease is None:
+        return
+    row = results.read_trial(assignment.study_dir, assignment.trial, assignment.attempt)
+    if row is not None and row["ended_at"] is not None:
+        raise LeaseLostError(f"{assignment.name} ends: its study has taken it for lost")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -540,6 +570,19 @@ def _device(gpus: float) -> Any:
     import torch
 
     return torch.device("cuda", 0) if gpus > 0 else torch.device("cpu")
+
+
+def limit_memory(device: Any, gpus: float) -> None:
+    """Keep a worker that has a part of a GPU to its part of the memory: then it is the one that runs out, and
+    not its neighbour. Ray counts the parts, and holds nobody to them.
+
+    Args:
+        gpus: of the worker; whole ones have all their memory.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(gpus if 0 < gpus < 1 else 1.0, device)
 
 
 def _device_name(device: Any) -> str:

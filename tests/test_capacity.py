@@ -14,7 +14,12 @@ from ray.core.generated import autoscaler_pb2
 
 from raydisp import autoscaler
 from raydisp.capacity import Growth, Node, NodeGroup, Offer
+from raydisp.cluster import plan_resources
+from raydisp.config import StudyConfig
+from raydisp.errors import ResourceError
 from raydisp.placement import PlacementWatch, describe_offer
+from raydisp.search import _trial_resources
+from raydisp.worker import limit_memory
 
 HEAD = Node(2, 0, is_head=True)
 BIG, SMALL = Node(8, 1), Node(4, 4)
@@ -96,6 +101,48 @@ def test_nodes_that_the_autoscaler_has_started_are_not_counted_twice() -> None:
 )
 def test_an_offer_in_words(offer: Offer, gpus: float, text: str) -> None:
     assert offer.describe(1, gpus) == text
+
+
+def test_only_nodes_of_one_accelerator_count() -> None:
+    l4, h100 = Node(8, 1, accelerator_type="L4"), Node(16, 8, accelerator_type="H100")
+    growth = Growth((NodeGroup("small", l4, 4), NodeGroup("big", h100, 2)), 6)
+    offer = Offer((HEAD, l4, h100), growth)
+    assert offer.room(1, 1) == 2 * 8 + 4 * 1
+    assert offer.only("L4").room(1, 1) == 4
+    assert offer.only("H100").room_now(1, 1) == 8
+    assert offer.only("A100").room(1, 1) == 0
+    assert offer.only("A100").describe(1, 1).startswith("0 CPUs and 0 GPUs on 3 nodes")
+
+
+def test_a_trial_asks_for_its_accelerator(study: StudyConfig) -> None:
+    tree = study.model_dump(mode="json")
+    tree["resources"].update(accelerator_type="L4", gpus_per_worker="auto", max_concurrent_trials="auto")
+    wanted = StudyConfig.model_validate(tree)
+    offer = Offer((HEAD,), Growth((NodeGroup("a", Node(8, 1, accelerator_type="L4"), 3),), 3))
+    plan = plan_resources(wanted, offer, where="the cluster")
+    assert (plan.gpus_per_worker, plan.max_concurrent_trials) == (1, 3)
+    assert plan.needs == "1 worker x 1 CPU + 1 GPU (L4)"
+    assert _trial_resources(plan).bundles == [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:L4": 0.001}]
+    tree["resources"]["accelerator_type"] = "H100"
+    other = StudyConfig.model_validate(tree)
+    with pytest.raises(ResourceError, match=r"the cluster, counting only nodes with H100, offers 0 CPUs"):
+        plan_resources(other, offer, where="the cluster")
+    tree["resources"]["gpus_per_worker"] = 0
+    with pytest.raises(ValueError, match="gpus_per_worker = 0 asks for none"):
+        StudyConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize(("gpus", "frac"), [(0.25, 0.25), (1.0, 1.0), (4.0, 1.0)])
+def test_a_part_of_a_gpu_has_a_part_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, frac: float
+) -> None:
+    import torch
+
+    told = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: told.append(given))
+    limit_memory(torch.device("cpu"), 0.0)
+    limit_memory(torch.device("cuda", 0), gpus)
+    assert told == [(frac, torch.device("cuda", 0))]
 
 
 # --- where the limits are read ------------------------------------------------------------------------
