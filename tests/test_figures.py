@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import html
+import importlib.util
 import itertools
 import json
 import math
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -483,16 +482,10 @@ def test_figures_without_matplotlib_are_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = sample_studies.write(tmp_path, sample_tables([trial_row(0), trial_row(1)]))
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", without)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
     assert report.main([place, "--figures", str(tmp_path / "figures")]) == 2
     error = capsys.readouterr().err
     assert "matplotlib, which is not installed" in error

@@ -276,8 +276,8 @@ def test_page_asks_nothing_of_the_network(tmp_path):
     own = made.text + made.scripts[0] + made.scripts[1] + made.scripts[3]
     assert "http" not in own
     assert made.scripts[2] == plotly.offline.get_plotlyjs()
-    assert "@import" not in page._part("page.css")
-    assert "url(" not in page._part("page.css")
+    assert "@import" not in page.read_part("page.css")
+    assert "url(" not in page.read_part("page.css")
 
 
 def test_nothing_from_rows_breaks_out(tmp_path):
