@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +101,20 @@ def many_hosts(
         folder: for keys and homes.
         shared_memory: name -> size of its /dev/shm, as `mount` has it; others have 1 GiB and a half.
     """
+    with _only_one(), _hosts(names, folder, shared_memory or {}) as hosts:
+        yield hosts
+
+
+@contextlib.contextmanager
+def _only_one() -> Iterator[None]:
+    """Names and addresses are the same every time: a second test run waits for the first one's end."""
+    with open(os.path.join(tempfile.gettempdir(), f"{PREFIX}-hosts.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _hosts(names: Sequence[str], folder: Path, shared_memory: dict[str, str]) -> Iterator[dict[str, Host]]:
     _clean_up(names)
     key = folder / "key"
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
@@ -116,7 +132,7 @@ def many_hosts(
         _run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", f"{PREFIX}-bridge")
         _run("ip", "link", "set", f"{PREFIX}-bridge", "up")
         for name in names:
-            size = (shared_memory or {}).get(name, "1536m")
+            size = shared_memory.get(name, "1536m")
             hosts[name] = _start(name, addresses[name], folder, key, size)
         for host in hosts.values():
             _wait_for_ssh(host)

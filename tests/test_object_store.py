@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 import psutil
 import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 import pytest
 import yaml
 from aws_server import KEY_ID, SECRET, in_environment, make_bucket, running_aws
@@ -249,3 +250,34 @@ def test_a_study_is_killed_and_continued(
         for log in glob.glob(f"{session}/logs/**", recursive=True):
             if os.path.isfile(log):
                 assert SECRET.encode() not in Path(log).read_bytes(), log
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_trials_of_two_workers_are_stored(
+    tree: dict[str, Any], tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker writes its share of a checkpoint; what Ray Train keeps there is gone at the end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tree = stored_study(tree, bucket)
+    del tree["confirm"]
+    tree["name"] = "two"
+    tree["train"]["budget_tokens"] = 128 * 40
+    tree["checkpoint"] = {"every_tokens": 128 * 20}
+    tree["resources"] = {"num_workers": 2}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    done = run_command(path, "--address", "local")
+    assert done.returncode == 0, done.stderr
+    place = f"{bucket}/studies/two"
+    tables = results.read_tables(place)
+    assert [(row["trial"], row["status"], row["world_size"]) for row in tables.trials.to_pylist()] == [
+        (0, "completed", 2),
+        (1, "completed", 2),
+    ]
+    assert tables.steps["step"].to_pylist() == [*range(1, 41)] * 2
+    assert storage.list_files(f"{place}/checkpoints") == []
+    filesystem, folder = storage.resolve(f"{place}/.ray")
+    left = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
+    assert [info.path for info in left if info.type == pafs.FileType.File] == []
+    assert SECRET not in done.stdout + done.stderr
