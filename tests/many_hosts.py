@@ -38,8 +38,16 @@ def why_not() -> str | None:
     missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if missing:
         return f"needs {', '.join(missing)} (Debian: iproute2, openssh-server, openssh-client, rsync)"
+    # A bridge and a pair of cable ends, in a network of the probe's own, and a file system in memory.
+    needed = (
+        "ip link add rdtprobe type bridge && ip link add rdtprobe-a type veth peer name rdtprobe-b && "
+        "mount -t tmpfs tmpfs /mnt"
+    )
     probe = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "true"], capture_output=True, text=True
+        ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "sh", "-c", needed],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
     )
     return None if probe.returncode == 0 else f"needs namespaces: {probe.stderr.strip()}"
 
