@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make study      run studies/weight_search.yaml: 9 minutes on 2 cores, no accelerator, no model hub"
 	@echo "make test       lint, types and every test"
-	@echo "make test-fast  lint, types and the tests that need no Ray"
+	@echo "make test-fast  lint, types and the tests that need neither Ray nor hosts of their own"
 	@echo "make format     format the code"
 
 install: $(STAMP)
@@ -33,7 +33,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not ray and not processes"
+	$(BIN)/python -m pytest -m "not ray and not processes and not cluster"
 
 format: install
 	$(BIN)/ruff check --fix .
