@@ -134,6 +134,9 @@ def _hosts(names: Sequence[str], folder: Path, shared_memory: dict[str, str]) ->
     addresses = {name: f"{SUBNET}.{10 + index}" for index, name in enumerate(names)}
     hosts_file = "\n".join(["127.0.0.1 localhost", *(f"{addresses[name]} {name}" for name in names), ""])
     (folder / "hosts").write_text(hosts_file)
+    (folder / "passwd").write_text(
+        f"root:x:0:0:root:{HOME}:/bin/bash\nsshd:x:100:65534::/run/sshd:/bin/false\n"
+    )
     hosts: dict[str, Host] = {}
     try:
         _run("ip", "link", "add", f"{PREFIX}-bridge", "type", "bridge")
@@ -167,9 +170,6 @@ def _start(name: str, address: str, folder: Path, key: Path, shared_memory: str)
         f"ListenAddress {address}\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\n"
         f"PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\n"
         "MaxStartups 100\nMaxSessions 100\nUseDNS no\nAcceptEnv none\n"
-    )
-    (folder / "passwd").write_text(
-        f"root:x:0:0:root:{HOME}:/bin/bash\nsshd:x:100:65534::/run/sshd:/bin/false\n"
     )
     script = f"""
         set -e
