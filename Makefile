@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install study test test-fast lint format clean
+.PHONY: help install study test test-cluster test-fast lint format clean
 
 help:
 	@echo "make study      run studies/weight_search.yaml: 9 minutes on 2 cores, no accelerator, no model hub"
-	@echo "make test       lint, types and every test"
+	@echo "make test       lint, types and every test but those of make test-cluster"
+	@echo "make test-cluster  a real ray up on hosts of the test's own: root, iproute2, openssh-server, rsync"
 	@echo "make test-fast  lint, types and the tests that need neither Ray nor hosts of their own"
 	@echo "make format     format the code"
 
@@ -30,7 +31,10 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not cluster"
+
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster
 
 test-fast: lint
 	$(BIN)/python -m pytest -m "not ray and not processes and not cluster"

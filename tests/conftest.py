@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ import yaml
 from raydisp.config import StudyConfig
 
 WORDS = ["the", "a", "cat", "dog", "house", "mat", "river", "sat", "ran", "to", "on", "and", "then", "under"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What a shell puts in the background ignores Ctrl-C, and so would all commands that the tests start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

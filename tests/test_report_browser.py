@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,9 @@ def test_dark_follows_the_system(browser: Browser, small_page: str) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     assert (browser.ask(ink), browser.ask(paper)) == ("rgb(230, 237, 243)", "rgb(15, 19, 24)")
     browser.looks(width=1200, dark=False)
+    deadline = time.monotonic() + 20  # the figures are drawn anew
+    while browser.ask(ink) != "rgb(31, 35, 40)" and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert (browser.ask(ink), browser.ask(paper)) == ("rgb(31, 35, 40)", "rgb(255, 255, 255)")
 
 
