@@ -45,8 +45,21 @@ def read_agenda(study: StudyConfig, study_dir: str, *, retry_failed: bool = Fals
     Raises:
         OutputError: rows are there that cannot be read.
     """
+    return search_agenda(study, read_rows(study_dir), retry_failed=retry_failed)
+
+
+def read_rows(study_dir: str) -> pa.Table:
+    """The rows of all attempts, for who decides by them what is left.
+
+    Raises:
+        OutputError: rows are there that cannot be read.
+    """
     # Strictly: what cannot be read may have finished, and would else be run again.
-    attempts = results.read_table(study_dir, "trials", strict=True)
+    return results.read_table(study_dir, "trials", strict=True)
+
+
+def search_agenda(study: StudyConfig, attempts: pa.Table, *, retry_failed: bool = False) -> Agenda:
+    """As `read_agenda`, from the rows of all attempts."""
     arms = Arms(study)
     return make_agenda(
         attempts.filter(pc.not_equal(attempts["phase"], "confirm")),

@@ -24,10 +24,10 @@ from raydisp.config import ScratchModel, StudyConfig
 from raydisp.confirm_config import BASELINE
 from raydisp.errors import OutputError, RaydispError, VerdictError
 from raydisp.frozen_plan import FILE, PLAN_VERSION, Frozen, FrozenArm, is_of_a_method
+from raydisp.paired import ALPHA
 from raydisp.section import MAX_SEED
 from raydisp.stopping import full_tokens
 
-ALPHA = 0.05
 IMPLICIT_ARM = "dispersion"
 """What the best configurations of a study without arms are called."""
 

@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydisp import results, storage
-from raydisp.agenda import Agenda, Row, make_agenda, read_agenda
+from raydisp.agenda import Agenda, Row, make_agenda, read_rows, search_agenda
 from raydisp.config import StudyConfig
 from raydisp.confirm import NothingToConfirmError, freeze, num_arms, num_seeds, refuse_changes
 from raydisp.errors import OutputError
@@ -49,11 +50,11 @@ def read_work(study: StudyConfig, study_dir: str, *, retry_failed: bool = False)
     Raises:
         OutputError: rows are there that cannot be read, or the file asks for another plan than the frozen.
     """
-    frozen = read_frozen(study_dir)
+    frozen, attempts = read_frozen(study_dir), read_rows(study_dir)
     # The rows are the truth: a file that was lost is written again as it was.
-    of_rows = frozen_of_rows(results.read_table(study_dir, "trials", strict=True))
+    of_rows = frozen_of_rows(attempts)
     if frozen is None and of_rows is None:
-        return Work(read_agenda(study, study_dir, retry_failed=retry_failed))
+        return Work(search_agenda(study, attempts, retry_failed=retry_failed))
     if frozen is not None and of_rows is not None and frozen != of_rows:
         place = storage.join(study_dir, FILE)
         raise OutputError(
@@ -65,25 +66,25 @@ def read_work(study: StudyConfig, study_dir: str, *, retry_failed: bool = False)
         frozen = of_rows
         write_frozen(study_dir, frozen)
     refuse_changes(study, frozen, study_dir)
-    over = dataclasses.replace(read_agenda(study, study_dir), resumed=[], fixed=[], new=[])
-    return Work(over, frozen, read_confirm_agenda(frozen, study_dir, retry_failed=retry_failed))
+    over = dataclasses.replace(search_agenda(study, attempts), resumed=[], fixed=[], new=[])
+    return Work(over, frozen, confirm_agenda(frozen, attempts, retry_failed=retry_failed))
 
 
 def settle(study: StudyConfig, study_dir: str) -> Work:
     """Freeze the plan, now that the search is over and its runs can start. Raises as `freeze`."""
-    unended = [row["trial"] for row in read_agenda(study, study_dir).resumed]
+    attempts = read_rows(study_dir)
+    unended = [row["trial"] for row in search_agenda(study, attempts).resumed]
     if unended:
         raise NothingToConfirmError(
             f"trial {number_ranges(unended)} of the search has not ended; the same command goes on with it"
         )
-    frozen = freeze(study, results.latest_attempts(results.read_table(study_dir, "trials", strict=True)))
+    frozen = freeze(study, results.latest_attempts(attempts))
     write_frozen(study_dir, frozen)
     return read_work(study, study_dir)
 
 
-def read_confirm_agenda(frozen: Frozen, study_dir: str, *, retry_failed: bool = False) -> Agenda:
-    """What is left to do of the phase. Raises as `raydisp.agenda.read_agenda`."""
-    attempts = results.read_table(study_dir, "trials", strict=True)
+def confirm_agenda(frozen: Frozen, attempts: pa.Table, *, retry_failed: bool = False) -> Agenda:
+    """What is left to do of the phase, by the rows of all attempts."""
     return make_agenda(
         attempts.filter(pc.equal(attempts["phase"], "confirm")),
         fixed=list(frozen.trials()),
