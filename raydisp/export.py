@@ -21,6 +21,7 @@ from raydisp import kept_models, paired, results, storage, verdict
 from raydisp.confirm_config import BEST
 from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError, suggest
 from raydisp.frozen_plan import confirm_rows, read_plan
+from raydisp.results_command import check_folder
 
 Row = dict[str, Any]
 
@@ -66,6 +67,7 @@ def export(study_dir: str, to: str, *, arm: str = BEST, seed: int | None = None)
     study_dir = storage.local_absolute(study_dir)
     target = Path(os.path.expanduser(to)).absolute()
     _refuse_full(target)
+    check_folder(study_dir)
     trials = results.latest_attempts(results.read_table(study_dir, "trials"))
     if trials.num_rows == 0:
         raise OutputError(f"{study_dir} holds no trials; give the results folder of a study")
