@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from raydisp.autoscaler import HEAD_RESOURCE, node_of, read_growth
 from raydisp.capacity import Node, Offer, count, describe_workers
-from raydisp.config import ResourcesConfig, StudyConfig
+from raydisp.config import StudyConfig
 from raydisp.errors import ResourceError
+from raydisp.resources_config import ResourcesConfig
 
 DRIVER_RESOURCES = {HEAD_RESOURCE: 0.001}
 """What the process that only waits for a trial's Ray Train workers asks for: a place on the head node and no

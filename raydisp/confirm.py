@@ -20,10 +20,11 @@ from raydisp import paired, results, space, storage
 from raydisp.agenda import Row
 from raydisp.analysis import describe_trial, value_of
 from raydisp.arms import SEARCH, Arm, Arms
-from raydisp.config import ScratchModel, StudyConfig
+from raydisp.config import StudyConfig
 from raydisp.confirm_config import BASELINE
 from raydisp.errors import OutputError, RaydispError, VerdictError
 from raydisp.frozen_plan import FILE, PLAN_VERSION, Frozen, FrozenArm, is_of_a_method
+from raydisp.models_config import ScratchModel
 from raydisp.paired import ALPHA
 from raydisp.section import MAX_SEED
 from raydisp.stopping import full_tokens

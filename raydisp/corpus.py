@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from raydisp import hub, python_docs
-from raydisp.config import DataConfig, Files, HubData, PythonDocs
+from raydisp.data_config import DataConfig, Files, HubData, PythonDocs
 from raydisp.errors import DataError, suggest
 
 Split = Literal["train", "validation", "test"]

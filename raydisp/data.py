@@ -28,9 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from raydisp import corpus, models, python_docs
-from raydisp.config import PythonDocs, ScratchModel, TrialConfig
+from raydisp.config import TrialConfig
 from raydisp.corpus import SPLITS, Corpus, CorpusSummary, Split
+from raydisp.data_config import PythonDocs
 from raydisp.errors import DataError
+from raydisp.models_config import ScratchModel
 
 if TYPE_CHECKING:
     import torch

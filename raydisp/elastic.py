@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from raydisp.capacity import Node
-from raydisp.config import ResourcesConfig
+from raydisp.resources_config import ResourcesConfig
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from raydisp import corpus, kept_models, measure_tables, models, python_docs, results, storage
-from raydisp.config import Files, GgufModel, HubModel, PathModel
+from raydisp.data_config import Files
 from raydisp.errors import (
     EXIT_DONE,
     EXIT_FAILED_TRIALS,
@@ -35,6 +35,7 @@ from raydisp.figures.paper import check_matplotlib, write_figures
 from raydisp.interrupts import terminate_as_interrupt
 from raydisp.measure import DEFAULT_MAX_TOKENS, DEFAULT_NUM_TEXTS, Measured, measure_condensation
 from raydisp.measure_page import build_panels, render_page
+from raydisp.models_config import GgufModel, HubModel, PathModel
 from raydisp.trial_list import format_table
 from raydisp.versions import code_version, package_versions
 

@@ -9,7 +9,7 @@ from raydisp import space
 from raydisp.arms import Arms, dimensions, is_dimension
 from raydisp.capacity import Offer
 from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
-from raydisp.config import PathModel, StudyConfig
+from raydisp.config import StudyConfig
 from raydisp.confirm import describe as describe_confirm
 from raydisp.confirm import known_spread, num_arms, num_seeds
 from raydisp.confirm import warnings as confirm_warnings
@@ -19,6 +19,7 @@ from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_embeddings
+from raydisp.models_config import PathModel
 from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac

@@ -17,9 +17,10 @@ import yaml
 from pydantic import ValidationError
 
 from raydisp import space
-from raydisp.config import EFFORT_FIELDS, StudyConfig
+from raydisp.config import StudyConfig
 from raydisp.errors import ConfigError, suggest
 from raydisp.space_rules import find_problem
+from raydisp.train_config import EFFORT_FIELDS
 
 KeyPath = tuple[str | int, ...]
 

@@ -12,10 +12,11 @@ import pyarrow.fs as pafs
 
 from raydisp import results, space, storage
 from raydisp.arms import SEARCH, Arm, Arms
-from raydisp.config import EFFORT_FIELDS, StudyConfig, read_config_json
+from raydisp.config import StudyConfig, read_config_json
 from raydisp.confirm_config import BASELINE
 from raydisp.errors import OutputError
 from raydisp.stopping import full_tokens
+from raydisp.train_config import EFFORT_FIELDS
 
 if TYPE_CHECKING:
     from raydisp.optuna_study import OptunaStudy

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from raydisp import lease, node_checks, results, retries, shared_blocks, space, storage, tidy
 from raydisp.capacity import describe_workers
-from raydisp.config import ScratchModel, StudyConfig, TrialConfig, field_of, replace_fields, with_fields
+from raydisp.config import StudyConfig, TrialConfig, field_of, replace_fields, with_fields
 from raydisp.endings import describe_failure, root_cause
 from raydisp.errors import (
     ConfigError,
@@ -33,6 +33,7 @@ from raydisp.errors import (
     ResourceError,
 )
 from raydisp.layers import resolve_layers
+from raydisp.models_config import ScratchModel
 from raydisp.studyfile import explain
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydisp import corpus, python_docs
-from raydisp.config import Files, HubData, PythonDocs
+from raydisp.data_config import Files, HubData, PythonDocs
 from raydisp.errors import DataError
 
 

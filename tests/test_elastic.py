@@ -16,9 +16,10 @@ from test_on_ray import wait_for
 from raydisp import results
 from raydisp.capacity import Node, Offer
 from raydisp.cluster import plan_resources
-from raydisp.config import ResourcesConfig, StudyConfig
+from raydisp.config import StudyConfig
 from raydisp.elastic import PATIENCE_S, choose_num_workers
 from raydisp.errors import ResourceError
+from raydisp.resources_config import ResourcesConfig
 
 
 @pytest.mark.parametrize(

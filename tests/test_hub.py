@@ -95,7 +95,8 @@ def main(root: Path) -> dict[str, Any]:
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     }
     from raydisp import corpus, models
-    from raydisp.config import HubData, HubModel
+    from raydisp.data_config import HubData
+    from raydisp.models_config import HubModel
 
     def model(id: str, **fields: Any) -> HubModel:
         return HubModel.model_validate({"source": "hub", "id": id, **fields})

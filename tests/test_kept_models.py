@@ -14,10 +14,11 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
 from raydisp import kept_models
-from raydisp.config import StudyConfig, TrainConfig
+from raydisp.config import StudyConfig
 from raydisp.errors import OutputError
 from raydisp.models import build_model, weights_sha256
 from raydisp.parallel import Layout, parallelise
+from raydisp.train_config import TrainConfig
 
 SETTINGS = {"budget_tokens": 1280, "global_batch_tokens": 128, "learning_rate": 0.01}
 

@@ -17,8 +17,8 @@ import torch
 from pydantic import TypeAdapter
 
 from raydisp import hub, models
-from raydisp.config import GgufModel, HubModel, ModelConfig, PathModel, ScratchModel
 from raydisp.errors import ModelError
+from raydisp.models_config import GgufModel, HubModel, ModelConfig, PathModel, ScratchModel
 
 CONTEXT = 32
 VOCABULARY = 300

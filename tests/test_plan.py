@@ -10,8 +10,9 @@ import pytest
 from raydisp import cluster
 from raydisp.capacity import Growth, Node, NodeGroup, Offer
 from raydisp.cluster import DRIVER_RESOURCES, HEADLESS_DRIVER_RESOURCES, plan_resources
-from raydisp.config import PathModel, StudyConfig
+from raydisp.config import StudyConfig
 from raydisp.errors import ConfigError, ResourceError
+from raydisp.models_config import PathModel
 from raydisp.plan import concurrency_warning, make_plan
 
 

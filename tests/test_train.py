@@ -13,7 +13,7 @@ import torch
 from raydisp import data, models
 from raydisp import train as train_module
 from raydisp.checkpoint import CheckpointFolder
-from raydisp.config import StudyConfig, TrainConfig, TrialConfig, replace_fields
+from raydisp.config import StudyConfig, TrialConfig, replace_fields
 from raydisp.errors import CheckpointError, DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.memory import is_out_of_memory, micro_batch_sequences
 from raydisp.optimizer import learning_rate_factor, make_optimizer
@@ -21,6 +21,7 @@ from raydisp.parallel import Layout
 from raydisp.precision import LossScale, make_autocast, use_tf32
 from raydisp.seeds import derive_seed
 from raydisp.train import TrainResult, accumulate_gradients, make_term, train
+from raydisp.train_config import TrainConfig
 
 
 class Rows:

@@ -1,0 +1,82 @@
+"""The study file's `model`: where a causal language model comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from raydisp.section import Int, PositiveInt, Section
+
+
+class ScratchModel(Section):
+    """A causal language model of the given sizes with fresh random weights (drawn from the trial's seed)."""
+
+    source: Literal["scratch"]
+    family: Literal["gpt2", "llama", "qwen3"] = "gpt2"
+    num_layers: Annotated[Int, Field(ge=1, le=1000)] = 6
+    hidden_size: Annotated[Int, Field(ge=2)] = 128
+    num_heads: PositiveInt = 4
+    num_kv_heads: Annotated[
+        PositiveInt | None, Field(description="key/value heads of llama and qwen3; null: num_heads")
+    ] = None
+    ffn_size: Annotated[PositiveInt | None, Field(description="MLP width; null: 4 x hidden_size")] = None
+    vocab_size: Annotated[
+        Int, Field(ge=300, le=1_000_000, description="of the byte-level BPE trained on the training split")
+    ] = 4096
+    tie_embeddings: Annotated[bool, Field(description="output head shares the input embedding")] = True
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ScratchModel:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}; "
+                "choose a hidden_size that the heads share evenly"
+            )
+        if self.family != "gpt2" and (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"hidden_size / num_heads = {self.hidden_size // self.num_heads} is odd, and the rotary "
+                f"positions of {self.family} rotate features in pairs; choose an even size per head"
+            )
+        if self.num_kv_heads is not None:
+            if self.family == "gpt2":
+                raise ValueError("num_kv_heads is for llama and qwen3, family is gpt2; leave it out")
+            if self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}"
+                )
+        return self
+
+
+class _Pretrained(Section):
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="set in every dropout of the model")] = 0.0
+
+
+class HubModel(_Pretrained):
+    """A pretrained model and its tokenizer from the Hugging Face hub (or its local cache)."""
+
+    source: Literal["hub"]
+    id: Annotated[str, Field(min_length=1)]
+    revision: Annotated[
+        str | None, Field(description="branch, tag or commit; resolved to a commit once per study")
+    ] = None
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
+
+
+class PathModel(_Pretrained):
+    """A pretrained model and its tokenizer from a local folder written by save_pretrained."""
+
+    source: Literal["path"]
+    path: Annotated[str, Field(min_length=1)]
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
+
+
+class GgufModel(_Pretrained):
+    """A pretrained model and its tokenizer from one GGUF file, weights dequantised to float32."""
+
+    source: Literal["gguf"]
+    path: Annotated[str, Field(min_length=1)]
+
+
+ModelConfig = Annotated[ScratchModel | HubModel | PathModel | GgufModel, Field(discriminator="source")]
