@@ -174,14 +174,10 @@ def measure_bare(job: dict[str, Any]) -> dict[str, Any]:
 
     from raydisp.attach import DispersionTerm
     from raydisp.data import batch_indices
+    from raydisp.memory import micro_batch_sequences
+    from raydisp.optimizer import learning_rate_factor, make_optimizer
     from raydisp.parallel import Layout
-    from raydisp.train import (
-        learning_rate_factor,
-        make_autocast,
-        make_optimizer,
-        micro_batch_sequences,
-        resolve_precision,
-    )
+    from raydisp.precision import make_autocast, resolve_precision
 
     clock, losses = Clock(job), []
     trial, model, blocks, _ = load(job)
@@ -229,8 +225,10 @@ def measure_trainer(job: dict[str, Any]) -> dict[str, Any]:
 
     from raydisp.data import batch_indices
     from raydisp.layers import resolve_layers
+    from raydisp.memory import micro_batch_sequences
+    from raydisp.optimizer import learning_rate_factor
     from raydisp.parallel import Layout
-    from raydisp.train import learning_rate_factor, micro_batch_sequences, resolve_precision
+    from raydisp.precision import resolve_precision
 
     trial, model, blocks, _ = load(job)
     device = torch.device(job["device"])
@@ -404,8 +402,9 @@ def profile_evaluation(trial: Any, model: Any, validation: Any, device_name: str
 
     from raydisp import condensation
     from raydisp.evaluate import evaluate, token_losses
+    from raydisp.memory import micro_batch_sequences
     from raydisp.parallel import Layout
-    from raydisp.train import make_autocast, micro_batch_sequences, resolve_precision
+    from raydisp.precision import make_autocast, resolve_precision
 
     device = torch.device(device_name)
     layout = Layout(device=device)
