@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from raydisp import space
 from raydisp.arms import Arms, dimensions, is_dimension
@@ -16,7 +17,7 @@ from raydisp.confirm import warnings as confirm_warnings
 from raydisp.confirm_runs import Work, read_work
 from raydisp.corpus import CorpusSummary
 from raydisp.data import cache_folder, check_data
-from raydisp.errors import ConfigError
+from raydisp.errors import ConfigError, RaydispError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_embeddings
 from raydisp.models_config import PathModel
@@ -24,6 +25,8 @@ from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac
 from raydisp.warm_start import WarmStart, read_warm_starts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class StudyPlan:
     study: StudyConfig
     study_dir: str
     work: Work
-    model: ModelSummary
-    corpus: CorpusSummary
+    model: ModelSummary | None
+    """None where the hub, which has it, does not answer; `unchecked` says so."""
+    corpus: CorpusSummary | None
+    """As `model`."""
     resources: Plan | None
     """None where a cluster is joined that has not been asked yet."""
     warm_starts: list[WarmStart]
@@ -43,6 +48,9 @@ class StudyPlan:
 
     cluster: Offer | None = None
     """The cluster that was asked; None: it is this machine, or was not."""
+
+    unchecked: tuple[str, ...] = ()
+    """What could not be looked at, and why: a plan with any is only for reading."""
 
     def needs(self, lease_id: str | None) -> Needs:
         """What every node of a cluster must have.
@@ -54,17 +62,22 @@ class StudyPlan:
             study_dir=self.study_dir,
             lease_id=lease_id,
             cache_dir=cache_folder(self.study.output),
-            data_bytes=(self.corpus.num_bytes or 0) // 2,
+            data_bytes=self._corpus_bytes // 2,
         )
+
+    @property
+    def _corpus_bytes(self) -> int:
+        """Of text; 0 where it is not known."""
+        return 0 if self.corpus is None else self.corpus.num_bytes or 0
 
     def headline(self) -> str:
         """One line: what is about to run."""
-        study = self.study
+        study, model = self.study, self.model
+        size = "of a size not known yet" if model is None else f"{_rounded(model.num_parameters)} parameters"
         return (
             f"{study.name}: {_count(self.work.num_trials(study), 'trial')} to run "
             f"({self._count_trials()}), "
-            f"{study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, "
-            f"{_rounded(self.model.num_parameters)} parameters."
+            f"{study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, {size}."
         )
 
     def _count_trials(self) -> str:
@@ -121,6 +134,7 @@ class StudyPlan:
         ]
         warnings = self.warnings()
         lines += [("warning" if index == 0 else "", text) for index, text in enumerate(warnings)]
+        lines += [("unchecked" if index == 0 else "", text) for index, text in enumerate(self.unchecked)]
         lines.append(("", "Dry run: nothing was started or written."))
         return "\n".join(f"{name:<11}{text}" for name, text in lines)
 
@@ -243,6 +257,8 @@ class StudyPlan:
             "scratch": lambda: f"{getattr(model, 'family', '')} from scratch",
             "hub": lambda: f"{getattr(model, 'id', '')} from the hub",
         }.get(model.source, lambda: str(getattr(model, "path", "")))()
+        if sizes is None:
+            return f"{origin}: its sizes are not known yet"
         return (
             f"{origin}: {sizes.num_parameters:,} parameters, {sizes.num_layers} layers, "
             f"{sizes.hidden_size} features, vocabulary {sizes.vocab_size:,}"
@@ -250,6 +266,10 @@ class StudyPlan:
 
     def _describe_corpus(self) -> str:
         corpus = self.corpus
+        if corpus is None:
+            data = self.study.data
+            path = getattr(data, "path", data.source)
+            return f"{path} from the hub; sequences of {data.context_length} tokens"
         parts = [corpus.source]
         if corpus.num_documents is not None:
             parts.append(f"{corpus.num_documents:,} documents")
@@ -285,10 +305,13 @@ class StudyPlan:
 
     def _describe_dispersion(self) -> str:
         settings = self.study.dispersion
-        layers = resolve_layers(settings.layers, self.model.num_layers)
+        layers = str(settings.layers)
+        if self.model is not None:
+            numbers = resolve_layers(settings.layers, self.model.num_layers)
+            layers += f" ({', '.join(map(str, numbers))})"
         return (
             f"{settings.variant}, weight {settings.weight:g}, temperature {settings.temperature:g}, layers "
-            f"{settings.layers} ({', '.join(map(str, layers))}), clamp {settings.clamp:g}"
+            f"{layers}, clamp {settings.clamp:g}"
         )
 
     def _describe_embeddings(self) -> list[str]:
@@ -327,10 +350,12 @@ class StudyPlan:
         return lines
 
     def _describe_disk(self) -> str:
-        study = self.study
+        study, model = self.study, self.model
+        if model is None:
+            return "not known before the model is"
         evaluations = 2 + (study.num_steps // (study.steps_between(study.evaluate.every_tokens) or 10**18))
         # Measured: a step row compresses to about 60 bytes, a layer row with its histogram to about 400.
-        per_trial = 20_000 + 60 * study.num_steps + 400 * evaluations * (self.model.num_layers + 1)
+        per_trial = 20_000 + 60 * study.num_steps + 400 * evaluations * (model.num_layers + 1)
         rows = per_trial * Arms(study).num_trials
         models = 0
         if study.confirm is not None:
@@ -338,16 +363,16 @@ class StudyPlan:
             n = num_seeds(study, m)
             rows += per_trial * (m + 1) * n
             kept = {"none": 0, "first_seed": m + 1, "all": (m + 1) * n}[study.confirm.keep_models]
-            models = 4 * self.model.num_parameters * kept
+            models = 4 * model.num_parameters * kept
         text = f"results about {_size(rows + 6_000_000)}"  # the report carries its plotting library
-        if self.corpus.num_bytes:
-            text += f", token blocks about {_size(self.corpus.num_bytes // 2)}"
+        if self._corpus_bytes:
+            text += f", token blocks about {_size(self._corpus_bytes // 2)}"
         if models:
             text += f", confirmed models {_size(models)}"
         if study.checkpoint.every_tokens is not None:
             running = self.resources.max_concurrent_trials if self.resources else 1
             # float32 weights and two Adam moments; a new checkpoint stands beside the last and the best.
-            each = 12 * self.model.num_parameters
+            each = 12 * model.num_parameters
             text += f", checkpoints at most {_size(3 * each * running)} at a time ({_size(each)} each)"
         return text
 
@@ -368,23 +393,41 @@ def concurrency_warning(study: StudyConfig, concurrent: int) -> str | None:
 
 
 def make_plan(
-    study: StudyConfig, study_dir: str, address: str | None, *, retry_failed: bool = False
+    study: StudyConfig,
+    study_dir: str,
+    address: str | None,
+    *,
+    retry_failed: bool = False,
+    bear_unreachable: bool = False,
 ) -> StudyPlan:
     """Check everything that can be checked without starting Ray, and plan the study.
 
     Args:
         retry_failed: trials that failed are to be run again.
+        bear_unreachable: plan without what only the hub knows, where it does not answer.
     Raises:
         RaydispError: data, model or machines do not allow it.
     """
     resources = None
     if not joins_cluster(address):
         resources = plan_resources(study, Offer((this_machine(),)), where="this machine")
-    model = model_summary(study.model, study.data.context_length)
-    _check_layers(study, model)
+    unchecked: list[str] = []
+
+    def look(what: Callable[[], T]) -> T | None:
+        try:
+            return what()
+        except RaydispError as error:
+            if not (bear_unreachable and error.unreachable):
+                raise
+            unchecked.append(str(error))
+            return None
+
+    model = look(lambda: model_summary(study.model, study.data.context_length))
+    if model is not None:
+        _check_layers(study, model)
     if isinstance(study.model, PathModel):
         load_tokenizer(study.model)
-    corpus = check_data(study.trial, cache_folder(study.output))
+    corpus = look(lambda: check_data(study.trial, cache_folder(study.output)))
     if study.confirm is not None:
         known_spread(study)  # now, and not when the search is over
     work = read_work(study, study_dir, retry_failed=retry_failed)
@@ -396,7 +439,9 @@ def make_plan(
         corpus,
         resources,
         read_warm_starts(study),
-        forgets_head=any(_may_forget(arm.study) and _may_be_tied(arm.study) for arm in Arms(study).all),
+        forgets_head=model is not None
+        and any(_may_forget(arm.study) and _may_be_tied(arm.study) for arm in Arms(study).all),
+        unchecked=tuple(unchecked),
     )
 
 

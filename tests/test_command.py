@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import ray
 import yaml
 from conftest import WriteStudy, run_command
+from tiny_models import write_gguf
 
 from raydisp import data, results, space, storage
 from raydisp.__main__ import main as raydisp_main
@@ -20,21 +22,57 @@ from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.errors import OutputError
 from raydisp.launch import refuse_other_content
+from raydisp.models_config import GgufModel
 from raydisp.search import Launch
 from raydisp.study import main
-from raydisp.studyfile import dump_study
+from raydisp.studyfile import dump_study, load_study
 
 STUDIES = sorted(Path(__file__).parent.parent.glob("studies/*.yaml"))
 
 
+@pytest.fixture
+def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model hub, and nothing of it on this machine."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_file_has_a_plan(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(path), "--dry-run", "--output", str(tmp_path / "out"), "--address", "local"]) == 0
+def test_every_study_file_has_a_plan_without_a_network(
+    path: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    offline: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = load_study(path)
+    command = [str(path), "--dry-run", "--output", str(tmp_path / "out"), "--address", "local"]
+    if isinstance(study.model, GgufModel):  # a file that the user fetches
+        stand_in = write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", context_length=1024)
+        command += ["--set", f"model.path={stand_in}"]
+    assert main(command) == 0
     told = capsys.readouterr()
     assert f"study      {path.stem} -> {tmp_path / 'out' / path.stem}" in told.out
+    for part in ("model", "data"):
+        unchecked = "from the hub" in next(row for row in told.out.splitlines() if row.startswith(part))
+        assert unchecked == (getattr(study, part).source == "hub")
+        assert unchecked == bool(re.search(rf"{part}\.(id|path) = .* the hub does not answer", told.out))
     assert told.err == ""
     assert list(tmp_path.iterdir()) == []
     assert not ray.is_initialized()
+
+
+def test_a_study_that_is_run_needs_the_hub(
+    tree: dict[str, Any], tmp_path: Path, offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree["model"] = {"source": "hub", "id": "some-one/absent"}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert main([str(file), "--address", "local"]) == 2
+    assert "the hub does not answer" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 def test_the_schema_is_a_schema(capsys: pytest.CaptureFixture[str], tree: dict[str, Any]) -> None:
