@@ -140,24 +140,20 @@ class StudyPlan:
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant."""
-        search = self.study.search
+        search, searched = self.study.search, Arms(self.study).searched
         found = []
+        if not searched:
+            return [*self._model_warnings(), *confirm_warnings(self.study)]
         if search.sampler == "tpe" and search.startup_trials >= search.num_trials:
             found.append(
                 f"search.num_startup_trials = {search.startup_trials} leaves TPE none of the "
                 f"{search.num_trials} trials: the whole search is random"
             )
         if self.resources:
-            arms = len(Arms(self.study).searched) or 1  # they take turns
-            at_a_time = -(-self.resources.max_concurrent_trials // arms)
+            at_a_time = -(-self.resources.max_concurrent_trials // len(searched))  # the arms take turns
             concurrency = concurrency_warning(self.study, at_a_time)
             found += [concurrency] if concurrency else []
-        if self.forgets_head:
-            found.append(
-                "active_forgetting draws the input embeddings anew, and the output head of this model shares "
-                "their weight (tied), so that each reset loses the head too; an untied model keeps its head"
-                + (" (model.tie_embeddings: false)" if self.study.model.source == "scratch" else "")
-            )
+        found += self._model_warnings()
         changing = [name for name in search.space if name.startswith("data.") or name == "model.vocab_size"]
         metrics = [one.metric for one in search.objectives]
         affected = [name for name in metrics if name in ("val_loss", "val_perplexity", "train_loss")]
@@ -167,6 +163,15 @@ class StudyPlan:
                 "not compare between trials; val_bits_per_byte compares across tokenizers"
             )
         return [*found, *confirm_warnings(self.study)]
+
+    def _model_warnings(self) -> list[str]:
+        if not self.forgets_head:
+            return []
+        return [
+            "active_forgetting draws the input embeddings anew, and the output head of this model shares "
+            "their weight (tied), so that each reset loses the head too; an untied model keeps its head"
+            + (" (model.tie_embeddings: false)" if self.study.model.source == "scratch" else "")
+        ]
 
     def _describe_arms(self) -> list[str]:
         """What each arm sets and searches by itself."""
@@ -187,6 +192,8 @@ class StudyPlan:
 
     def _describe_search(self) -> str:
         study, search = self.study, self.study.search
+        if not Arms(study).searched:
+            return "nothing: each arm is one trial"
         objectives = " and ".join(f"{one.metric} ({one.mode})" for one in search.objectives)
         text = f"{search.sampler} on {objectives}, seed {study.seed}"
         if search.sampler == "tpe":

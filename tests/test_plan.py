@@ -244,6 +244,14 @@ def test_a_study_without_oddities_has_no_warnings(study: StudyConfig, tmp_path: 
     assert make_plan(study, str(tmp_path), "local").warnings() == []
 
 
+def test_arms_without_a_search_are_not_warned_of_one(tree: dict[str, Any], tmp_path: Any) -> None:
+    tree["arms"] = {"baseline": {"dispersion.weight": 0}, "strong": {"dispersion.weight": 1.0}}
+    tree["search"].update(num_trials=1, space={}, num_startup_trials=1)
+    plan = make_plan(StudyConfig.model_validate(tree), str(tmp_path), "local")
+    assert plan.warnings() == []
+    assert "search     nothing: each arm is one trial\n" in plan.describe()
+
+
 def test_layers_of_a_pretrained_model_are_checked(tree: dict[str, Any], tmp_path: Any) -> None:
     from raydisp import models
 

@@ -1,0 +1,224 @@
+"""Tables of the recorded results, written into README.md from the Parquet rows beside it.
+
+    python docs/results/record.py             # after a study has added rows
+    python docs/results/record.py --check     # exit status 1 where the page says something else than the rows
+
+What stands between `<!-- rows: NAME -->` and `<!-- end -->` in README.md is replaced; the words around it are
+written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raydisp import results, verdict
+from raydisp.config import field_of, read_config_json
+from raydisp.measure_tables import read_models
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE / "README.md"
+BLOCK = re.compile(r"(<!-- rows: (?P<name>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SHOWN_STATES = (0, 1, 5, 10, 15, 20, 25, 29, 30)
+WIDTH_SEEDS = (0, 1, 2)
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing; say whether page and rows agree")
+    arguments = parser.parse_args(argv)
+    old = PAGE.read_text()
+    new = render(old)
+    if old == new:
+        return 0
+    if arguments.check:
+        print(f"{PAGE.name} and the rows beside it differ; run python docs/results/record.py")
+        return 1
+    PAGE.write_text(new)
+    return 0
+
+
+def render(page: str) -> str:
+    """The page with every block made anew from its rows."""
+    return BLOCK.sub(lambda found: found[1] + BLOCKS[found["name"]]().strip() + "\n" + found[3], page)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def mean_and_spread(values: Sequence[float], form: str) -> str:
+    """`mean ± standard deviation`; of one value, the value alone: one seed has no spread."""
+    if len(values) == 1:
+        return f"{values[0]:{form}} (n = 1)"
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def about(names: Sequence[str]) -> str:
+    """One line on where rows come from: how many runs, when, which code and data."""
+    rows = [row for name in names for row in results.read_tables(str(HERE / name)).trials.to_pylist()]
+    done = [row for row in rows if row["status"] == "completed"]
+    hours = sum(row["train_s"] or 0.0 for row in done) / 3600
+    codes = sorted({row["code_version"] for row in rows if row["code_version"]})
+    data = sorted({row["data_sha256"][:12] for row in rows if row["data_sha256"]})
+    days = sorted({row["started_at"].date().isoformat() for row in rows})
+    return (
+        f"{len(done)} of {len(rows)} runs completed, {hours:.1f} hours in their training loops; "
+        f"{', '.join(days)}; code {', '.join(codes)}; data {', '.join(data)}."
+    )
+
+
+# --- blocks ---------------------------------------------------------------------------------------------
+
+
+def condensation(folder: str) -> str:
+    ((model, layers),) = read_models(str(HERE / folder))
+    by_layer = {row["layer"]: row for row in layers}
+    rows = [
+        [
+            state,
+            f"{by_layer[state]['cosine_mean']:.3f}",
+            f"{by_layer[state]['cosine_centred_mean']:.3f}",
+            f"{by_layer[state]['effective_rank']:.0f}",
+        ]
+        for state in SHOWN_STATES
+    ]
+    told = (
+        f"{model['name']}: {model['num_parameters']:,} parameters, {model['num_texts']} texts, "
+        f"{model['num_tokens']:,} tokens. "
+        f"Spearman {model['spearman']:+.3f}, Kendall {model['kendall']:+.3f}, "
+        f"mean of the last half {model['last_half_mean']:.3f} ± {model['last_half_stderr']:.3f} (standard "
+        "error over texts)."
+    )
+    return told + "\n\n" + table(["hidden state", "mean cosine", "centred", "effective rank"], rows)
+
+
+def judged(name: str) -> str:
+    """The verdict of a confirm phase: its sentences and a table of the arms."""
+    trials = results.read_tables(str(HERE / name)).trials
+    effects = [row for row in verdict.effects(trials).to_pylist() if row["metric"] == "test_loss"]
+    means = {row["arm"]: (row["arm_mean"], row["baseline_mean"]) for row in effects}
+    rows = []
+    for row in verdict.verdicts(trials).to_pylist():
+        arm, baseline = means.get(row["arm"], (None, None))
+        rows.append(
+            [
+                row["arm"],
+                _number(arm, ".4f"),
+                _number(baseline, ".4f"),
+                f"{_number(row['difference'], '+.4f')} ({_number(row['low_95'], '+.4f')}, "
+                f"{_number(row['high_95'], '+.4f')})",
+                f"{_number(row['holm_p_value'], '.2g')}, {_number(row['sign_flip_holm_p_value'], '.2g')}",
+                f"{row['num_pairs']} of {row['num_planned']}",
+                f"*{row['verdict'].replace('_', ' ')}*",
+            ]
+        )
+    heads = [
+        "arm",
+        "test loss",
+        "baseline's",
+        "difference (95 % interval)",
+        "p (Holm): t, sign flips",
+        "pairs",
+        "verdict",
+    ]
+    sentences = "\n".join(f"- {sentence}" for sentence in verdict.sentences(trials))
+    return "\n\n".join([about([name]), table(heads, rows), sentences])
+
+
+def searched(name: str) -> str:
+    """All trials of a search, best first."""
+    trials = results.read_tables(str(HERE / name)).trials.to_pylist()
+    rows = [
+        [
+            row["trial"],
+            row["arm"],
+            _number(row["dispersion.weight"], ".3g"),
+            _number(row["dispersion.temperature"], ".3g"),
+            row["dispersion.layers"] or "",
+            _number(row["val_loss"], ".4f"),
+            _number(row["layer_cosine_mean"], "+.3f"),
+            _number(row["spearman"], "+.2f"),
+        ]
+        for row in sorted(trials, key=lambda row: row["val_loss"])
+    ]
+    heads = [
+        "trial",
+        "arm",
+        "weight",
+        "temperature",
+        "layers",
+        "validation loss",
+        "mean cosine of the layers",
+        "Spearman",
+    ]
+    return about([name]) + "\n\n" + table(heads, rows)
+
+
+def widths(prefix: str) -> str:
+    """Mean over seeds by MLP width and weight: loss, and condensation at initialisation and at the end."""
+    names = [f"{prefix}_{seed}" for seed in WIDTH_SEEDS]
+    found: dict[tuple[int, float], list[Row]] = {}
+    for name in names:
+        tables = results.read_tables(str(HERE / name))
+        evals = tables.evals.to_pylist()
+        for row in tables.trials.to_pylist():
+            if row["arm"] == "baseline" or row["status"] != "completed":
+                continue  # the baseline has a width of its own
+            config = read_config_json(row["config_json"])
+            key = (field_of(config, "model.ffn_size"), field_of(config, "dispersion.weight"))
+            first = {e["name"]: e["value"] for e in evals if e["trial"] == row["trial"] and e["step"] == 0}
+            peak = max(
+                e["value"] for e in evals if e["trial"] == row["trial"] and e["name"] == "layer_cosine_mean"
+            )
+            found.setdefault(key, []).append({**row, "first": first, "peak": peak})
+    rows = [
+        [
+            width,
+            f"{weight:g}",
+            len(group),
+            mean_and_spread([row["val_loss"] for row in group], ".3f"),
+            mean_and_spread([row["first"]["layer_cosine_mean"] for row in group], "+.3f"),
+            mean_and_spread([row["peak"] for row in group], "+.3f"),
+            mean_and_spread([row["layer_cosine_mean"] for row in group], "+.3f"),
+            mean_and_spread([row["first"]["spearman"] for row in group], "+.2f"),
+            mean_and_spread([row["spearman"] for row in group], "+.2f"),
+        ]
+        for (width, weight), group in sorted(found.items())
+    ]
+    heads = [
+        "MLP width",
+        "weight",
+        "seeds",
+        "validation loss",
+        "mean cosine at initialisation",
+        "its highest",
+        "at the end",
+        "Spearman at initialisation",
+        "at the end",
+    ]
+    return about(names) + " Mean ± standard deviation over seeds.\n\n" + table(heads, rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "smollm2_condensation": lambda: condensation("smollm2_condensation"),
+    "smollm2_midtrain": lambda: judged("smollm2_midtrain"),
+    "weight_search": lambda: searched("weight_search"),
+    "verdict": lambda: judged("verdict"),
+    "gpt2_ffn_width_small": lambda: widths("gpt2_ffn_width_small"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
