@@ -20,7 +20,7 @@ from raydisp.layers import resolve_layers
 from raydisp.models_config import ModelConfig, ScratchModel
 from raydisp.resources_config import FailuresConfig, ResourcesConfig
 from raydisp.search_config import SearchConfig
-from raydisp.section import Section, Seed, Tokens
+from raydisp.section import Int, Section, Seed, Tokens
 from raydisp.trackers_config import Trackers, named_twice
 from raydisp.train_config import (
     EFFORT_FIELDS,
@@ -38,7 +38,18 @@ class EvaluateConfig(Section):
     """Evaluation on the validation split while training; the whole split is always used at the end."""
 
     every_tokens: Annotated[
-        Tokens | None, Field(description="rounded up to whole steps; null: only before and after training")
+        Tokens | None,
+        Field(
+            description="rounded up to whole steps; null: before and after training, and where "
+            "num_log_spaced says"
+        ),
+    ] = None
+    num_log_spaced: Annotated[
+        Annotated[Int, Field(ge=1, le=1000)] | None,
+        Field(
+            description="evaluations besides, from the first step to the end at equal ratios of tokens; "
+            "those that fall on the same step are one; null: none"
+        ),
     ] = None
     max_tokens: Annotated[
         Tokens | None, Field(description="of each evaluation but the last; null: the whole split")
@@ -114,6 +125,18 @@ class TrialConfig(Section):
     def steps_between(self, every_tokens: int | None) -> int | None:
         """Steps in an interval given in tokens, rounded up; None where there is no interval."""
         return None if every_tokens is None else -(-every_tokens // self.train.global_batch_tokens)
+
+    @property
+    def log_spaced_steps(self) -> tuple[int, ...]:
+        """Steps of `evaluate.num_log_spaced`, in order: from the first, at equal ratios, without the last.
+
+        As many as asked for, or fewer: the earliest may be closer together than whole steps.
+        """
+        points, last = self.evaluate.num_log_spaced, self.num_steps
+        if points is None:
+            return ()
+        steps = {round(last ** (index / points)) for index in range(points)}
+        return tuple(sorted(step for step in steps if step < last))
 
     def identity(self) -> dict[str, Any]:
         """The fields that differ from their defaults and change the result; what `sha256` covers."""

@@ -23,7 +23,17 @@ from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_emb
 from raydisp.models_config import PathModel
 from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
-from raydisp.stopping import brackets, expected_frac
+from raydisp.stopping import brackets, expected_frac, full_tokens
+from raydisp.trial_words import (
+    count,
+    describe_dispersion,
+    describe_embeddings,
+    describe_evaluations,
+    describe_model,
+    describe_training,
+    num_evaluations,
+    rounded,
+)
 from raydisp.warm_start import WarmStart, read_warm_starts
 
 T = TypeVar("T")
@@ -73,9 +83,9 @@ class StudyPlan:
     def headline(self) -> str:
         """One line: what is about to run."""
         study, model = self.study, self.model
-        size = "of a size not known yet" if model is None else f"{_rounded(model.num_parameters)} parameters"
+        size = "of a size not known yet" if model is None else f"{rounded(model.num_parameters)} parameters"
         return (
-            f"{study.name}: {_count(self.work.num_trials(study), 'trial')} to run "
+            f"{study.name}: {count(self.work.num_trials(study), 'trial')} to run "
             f"({self._count_trials()}), "
             f"{study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, {size}."
         )
@@ -84,31 +94,32 @@ class StudyPlan:
         """What the whole study has: `8 search trials and the baseline in all`."""
         study, arms = self.study, Arms(self.study)
         if study.arms is None:
-            text = f"{_count(study.search.num_trials, 'search trial')} and the baseline"
+            text = f"{count(study.search.num_trials, 'search trial')} and the baseline"
         else:
-            text = _count(arms.num_trials, "search trial")
+            text = count(arms.num_trials, "search trial")
         if study.confirm is not None:
             m = num_arms(study)
-            text += f", {_count((m + 1) * num_seeds(study, m), 'confirm run')}"
+            text += f", {count((m + 1) * num_seeds(study, m), 'confirm run')}"
         return f"{text} in all"
 
     @property
     def _tokens_per_trial(self) -> int:
-        return self.study.num_steps * self.study.train.global_batch_tokens
+        return full_tokens(self.study)
 
     def describe(self) -> str:
         """The plan in full, for --dry-run."""
         study, search = self.study, self.study.search
         lines = [
             ("study", f"{study.name} -> {self.study_dir}"),
-            ("model", self._describe_model()),
+            ("model", describe_model(study, self.model)),
             ("data", self._describe_corpus()),
             ("trials", self._describe_trials()),
-            ("training", self._describe_training()),
-            ("dispersion", self._describe_dispersion()),
+            ("training", describe_training(study)),
+            ("evaluation", describe_evaluations(study)),
+            ("dispersion", describe_dispersion(study, self.model)),
             *[
                 ("embeddings" if index == 0 else "", text)
-                for index, text in enumerate(self._describe_embeddings())
+                for index, text in enumerate(describe_embeddings(study))
             ],
             ("search", self._describe_search()),
             *[("", f"{name}: {space.describe(value)}") for name, value in search.space.items()],
@@ -187,7 +198,7 @@ class StudyPlan:
             shared = [name for name in own if name in self.study.search.space]
             told += [f"and {', '.join(shared)} as above"] if shared else []
             number = self.study.search.num_trials if arm.searched else 1
-            lines.append(f"{arm.name} ({_count(number, 'trial')}): {'; '.join(told)}")
+            lines.append(f"{arm.name} ({count(number, 'trial')}): {'; '.join(told)}")
         return lines
 
     def _describe_search(self) -> str:
@@ -201,7 +212,7 @@ class StudyPlan:
         if search.sampler == "grid":
             text += f", {search.num_trials} of {space.grid_size(study)} combinations"
         if search.points_to_evaluate:
-            text += f"; {_count(len(search.points_to_evaluate), 'given point')} first"
+            text += f"; {count(len(search.points_to_evaluate), 'given point')} first"
         return text
 
     def _describe_scheduler(self) -> list[str]:
@@ -215,7 +226,7 @@ class StudyPlan:
         if isinstance(rule, Median):
             points = brackets(study)[0]
             lines[0] += (
-                f": from {points[0]:,} tokens on, at every evaluation ({_count(len(points), 'time')}), once "
+                f": from {points[0]:,} tokens on, at every evaluation ({count(len(points), 'time')}), once "
                 f"{rule.num_startup_trials} trials have completed"
             )
             least = points[0] / full
@@ -231,8 +242,8 @@ class StudyPlan:
             number = search.num_trials * len(Arms(study).searched)
             saved = (1 - frac) * full * number
             lines.append(
-                f"expected saving: {1 - frac:.0%} of the search's tokens, {_rounded(saved)} of "
-                f"{_rounded(full * number)} (in the long run; early trials have few to compete "
+                f"expected saving: {1 - frac:.0%} of the search's tokens, {rounded(saved)} of "
+                f"{rounded(full * number)} (in the long run; early trials have few to compete "
                 "with)"
             )
         return lines
@@ -257,19 +268,6 @@ class StudyPlan:
         if failed is not None:
             lines.append(f"when more than {failed} trials have failed")
         return lines
-
-    def _describe_model(self) -> str:
-        model, sizes = self.study.model, self.model
-        origin = {
-            "scratch": lambda: f"{getattr(model, 'family', '')} from scratch",
-            "hub": lambda: f"{getattr(model, 'id', '')} from the hub",
-        }.get(model.source, lambda: str(getattr(model, "path", "")))()
-        if sizes is None:
-            return f"{origin}: its sizes are not known yet"
-        return (
-            f"{origin}: {sizes.num_parameters:,} parameters, {sizes.num_layers} layers, "
-            f"{sizes.hidden_size} features, vocabulary {sizes.vocab_size:,}"
-        )
 
     def _describe_corpus(self) -> str:
         corpus = self.corpus
@@ -302,39 +300,6 @@ class StudyPlan:
         total = to_run * self._tokens_per_trial
         return f"{text}; {total:,} training tokens to come"
 
-    def _describe_training(self) -> str:
-        study, train = self.study, self.study.train
-        return (
-            f"{study.num_steps:,} steps x {train.global_batch_tokens:,} tokens "
-            f"({study.sequences_per_step} sequences) = {self._tokens_per_trial:,} tokens per trial; peak "
-            f"learning rate {train.learning_rate:g}, {train.strategy}, precision {train.precision}"
-        )
-
-    def _describe_dispersion(self) -> str:
-        settings = self.study.dispersion
-        layers = str(settings.layers)
-        if self.model is not None:
-            numbers = resolve_layers(settings.layers, self.model.num_layers)
-            layers += f" ({', '.join(map(str, numbers))})"
-        return (
-            f"{settings.variant}, weight {settings.weight:g}, temperature {settings.temperature:g}, layers "
-            f"{layers}, clamp {settings.clamp:g}"
-        )
-
-    def _describe_embeddings(self) -> list[str]:
-        """The methods that are compared with dispersion, where the study file itself switches them on."""
-        noisy, forgetting = self.study.noisy_embedding, self.study.active_forgetting
-        lines = []
-        if noisy.alpha:
-            lines.append(f"noise of alpha {noisy.alpha:g} on the input embeddings while training")
-        if forgetting.every_steps is not None:
-            lines.append(
-                f"input embeddings drawn anew every {forgetting.every_steps:,} steps, "
-                f"{_count((self.study.num_steps - 1) // forgetting.every_steps, 'time')} in all; their peak "
-                f"learning rate {forgetting.learning_rate:g}"
-            )
-        return lines
-
     def _describe_cluster(self) -> list[str]:
         """What there is, and what its autoscaler is going to start."""
         plan, offer = self.resources, self.cluster
@@ -349,10 +314,10 @@ class StudyPlan:
         if offer.growth is not None:
             concurrent = min(plan.max_concurrent_trials, self.work.num_trials(self.study))
             starts = offer.starts(concurrent * plan.num_workers, cpus, gpus)
-            told = " and ".join(f"{_count(number, 'node')} of {name}" for name, number in starts)
+            told = " and ".join(f"{count(number, 'node')} of {name}" for name, number in starts)
             lines.append(
                 f"its autoscaler is going to start {told or 'no node'} for "
-                f"{_count(concurrent, 'trial')} at a time"
+                f"{count(concurrent, 'trial')} at a time"
             )
         return lines
 
@@ -360,9 +325,9 @@ class StudyPlan:
         study, model = self.study, self.model
         if model is None:
             return "not known before the model is"
-        evaluations = 2 + (study.num_steps // (study.steps_between(study.evaluate.every_tokens) or 10**18))
         # Measured: a step row compresses to about 60 bytes, a layer row with its histogram to about 400.
-        per_trial = 20_000 + 60 * study.num_steps + 400 * evaluations * (model.num_layers + 1)
+        layers = num_evaluations(study) * (model.num_layers + 1)
+        per_trial = 20_000 + 60 * study.num_steps + 400 * layers
         rows = per_trial * Arms(study).num_trials
         models = 0
         if study.confirm is not None:
@@ -480,18 +445,6 @@ def _check_layers(study: StudyConfig, model: ModelSummary) -> None:
             resolve_layers(choice, model.num_layers)
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _rounded(number: float) -> str:
-    for unit in ("", " k", " M"):
-        if number < 1000:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g} G"
 
 
 def _size(num_bytes: float) -> str:

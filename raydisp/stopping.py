@@ -38,9 +38,7 @@ def brackets(study: StudyConfig) -> list[list[int]]:
     if rule is None:
         return []
     if isinstance(rule, Median):
-        between = study.steps_between(study.evaluate.every_tokens)
-        assert between is not None, "a rule of the search section"
-        return [list(range(rule.grace_tokens, full, between * study.train.global_batch_tokens))]
+        return [list(range(rule.grace_tokens, full, evaluation_tokens(study)))]
     rungs, tokens = [], rule.grace_tokens
     while tokens < full:
         rungs.append(tokens)
@@ -48,6 +46,16 @@ def brackets(study: StudyConfig) -> list[list[int]]:
     if study.search.scheduler_name == "asha":
         return [rungs]
     return [rungs[index:] for index in range(len(rungs) + 1)]
+
+
+def evaluation_tokens(study: StudyConfig) -> int:
+    """Tokens between the evaluations of `evaluate.every_tokens`, at which alone trials are stopped."""
+    every = study.evaluate.every_tokens
+    assert every is not None, "a rule of the search section"
+    if "train.global_batch_tokens" in study.search.space:
+        return every  # a multiple of each batch: another rule
+    batch = study.train.global_batch_tokens
+    return -(-every // batch) * batch
 
 
 def expected_frac(study: StudyConfig) -> float | None:
@@ -96,6 +104,8 @@ class StopRule:
         direction = "minimize" if watched.mode == "min" else "maximize"
         pruners: list[optuna.pruners.BasePruner]
         self._rungs = [] if isinstance(rule, Median) else brackets(study)
+        # Nothing is decided at log-spaced evaluations, which lie elsewhere where steps have other tokens.
+        self._between = evaluation_tokens(study)
         if isinstance(rule, Median):
             self._shares = [1.0]
             pruners = [
@@ -137,7 +147,7 @@ class StopRule:
             return self._stopped.get(trial, num_tokens + 1) <= num_tokens
         if value is None or not math.isfinite(value):
             return False
-        if self._rungs and not self._compares(trial, num_tokens):
+        if not (self._compares(trial, num_tokens) if self._rungs else num_tokens % self._between == 0):
             return False
         if trial not in self._trials:
             self._trials[trial] = self._brackets[self.bracket(trial)].ask()

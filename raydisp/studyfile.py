@@ -99,9 +99,10 @@ def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
         # What it stands for counts, not how it is spelt: half of num_trials would change as they grow.
         if tree["search"]["num_startup_trials"] is None:
             del tree["search"]["num_startup_trials"]
-        # The median rule looks at every evaluation; rungs are where they are.
+        # The median rule looks at each of these evaluations; rungs are where they are.
         if "median" not in tree["search"]["scheduler"]:
             tree["evaluate"].pop("every_tokens")
+        tree["evaluate"].pop("num_log_spaced")  # nobody is stopped there
     if trees[0]["model"]["source"] != trees[1]["model"]["source"]:
         trees = [{**tree, "model": {"source": tree["model"]["source"]}} for tree in trees]
     if trees[0]["data"]["source"] != trees[1]["data"]["source"]:

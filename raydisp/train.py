@@ -209,7 +209,7 @@ def train(
         checkpoints.load(resume_from, training_tensors(model, optimizer))
         progress.resume(resume_from)
     first_step = progress.step
-    evaluate_every = trial.steps_between(trial.evaluate.every_tokens)
+    evaluate_every, log_spaced = trial.steps_between(trial.evaluate.every_tokens), set(trial.log_spaced_steps)
     checkpoint_every = trial.steps_between(trial.checkpoint.every_tokens) if checkpoints is not None else None
     started, steps_s = time.perf_counter(), 0.0
 
@@ -326,7 +326,7 @@ def train(
                 if done == num_steps:
                     break
                 val_loss = None
-                if evaluate_every and done % evaluate_every == 0:
+                if (evaluate_every and done % evaluate_every == 0) or done in log_spaced:
                     evaluation = run_evaluation(done)
                     val_loss = evaluation.loss
                     stopped = must_stop is not None and must_stop(metrics_of(done, evaluation))

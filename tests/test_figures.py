@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import importlib.util
 import itertools
@@ -288,6 +289,39 @@ def test_condensation_over_training_draws_every_layer() -> None:
         mark = marks(panel, "trend-0")[f"layer {layer}"]
         assert (mark.x, mark.y) == ([r["num_tokens"] for r in own], [r["cosine_mean"] for r in own])
     assert panel.plots[0].chart.y.ends == panel.plots[1].chart.y.ends
+
+
+def test_log_spaced_evaluations_are_drawn_on_a_log_axis(tmp_path: Path) -> None:
+    tokens = [0, 1024, 4096, 16_384, 204_800]
+    evaluate = {"every_tokens": None, "num_log_spaced": 4}
+    rows = [trial_row(trial, config_json=json.dumps({"evaluate": evaluate})) for trial in range(3)]
+    tables = sample_tables(rows)
+    layers = [
+        {"trial": trial, "step": seen // 1024, "num_tokens": seen, "layer": layer, "cosine_mean": value}
+        for trial in range(3)
+        for layer in range(7)
+        for seen, value in zip(tokens, (0.0, 0.05, 0.2, 0.5, 0.4 + layer / 50), strict=True)
+    ]
+    layers[0]["cosine_mean"] = None
+    tables = dataclasses.replace(tables, layers=pa.Table.from_pylist(layers, schema=tables.layers.schema))
+    panel = trend_panel(tables, VAL_LOSS)
+    axis, mark = panel.plots[0].chart.x, marks(panel, "trend-0")["layer 0"]
+    start = mark.x[0]
+    assert axis.log
+    assert mark.x[1:] == tokens[1:]
+    assert 0 < axis.ends[0] < start <= 1024 / 3, "the initial weights stand apart"
+    assert (start, "0") in axis.ticks
+    assert (1e4, "10 k") in axis.ticks
+    assert mark.hover[0] == "layer 0, initial weights: not defined"
+    assert mark.hover[3] == "layer 0, 16,384 tokens: 0.500"
+    assert "Leftmost, at 0: the initial weights." in panel.sentence
+    assert draw(panel.plots[0].chart).layout.xaxis.type == "log"
+    assert len(write_figures([panel], str(tmp_path))) == 4
+    started = [row for row in layers if row["num_tokens"] > 0]
+    tables = dataclasses.replace(tables, layers=pa.Table.from_pylist(started, schema=tables.layers.schema))
+    panel = trend_panel(tables, VAL_LOSS)
+    assert marks(panel, "trend-0")["layer 0"].x == tokens[1:]
+    assert "initial weights" not in panel.sentence
 
 
 def test_heat_maps_slide_through_the_evaluations() -> None:

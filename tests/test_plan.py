@@ -14,6 +14,7 @@ from raydisp.config import StudyConfig
 from raydisp.errors import ConfigError, ResourceError
 from raydisp.models_config import PathModel
 from raydisp.plan import concurrency_warning, make_plan
+from raydisp.trial_words import describe_evaluations, num_evaluations
 
 
 def with_resources(tree: dict[str, Any], num_trials: int = 100, **resources: Any) -> StudyConfig:
@@ -182,6 +183,7 @@ def test_the_plan_says_what_will_happen(study: StudyConfig, tmp_path: Any) -> No
         "80 documents",
         "3 search trials + 1 baseline (dispersion.weight 0); 5,120 training tokens to come",
         "10 steps x 128 tokens (8 sequences) = 1,280 tokens per trial",
+        "evaluation before the first step, every 512 tokens, on 256 tokens; at the end on the whole split",
         "angular_spread, weight 0.3, temperature 1, layers all (1, 2), clamp 0.1",
         "tpe on val_loss (min), seed 3, the first 2 at random",
         "dispersion.weight: 0.01 to 2, logarithmic",
@@ -190,6 +192,32 @@ def test_the_plan_says_what_will_happen(study: StudyConfig, tmp_path: Any) -> No
     ):
         assert part in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "text", "number"),
+    [
+        ({}, "before the first step, on 8,192 tokens; at the end on the whole split", 2),
+        (
+            {"num_log_spaced": 3, "max_tokens": None},
+            "first step, after 3 log-spaced steps (1, 2, 5), on the",
+            5,
+        ),
+        # 1, 2, 3, 4, 6 and 4, 8
+        (
+            {"num_log_spaced": 5, "every_tokens": 512},
+            "every 512 tokens, after 5 log-spaced steps (1, 2, 3, ",
+            8,
+        ),
+    ],
+)
+def test_the_plan_says_when_a_trial_is_evaluated(
+    tree: dict[str, Any], evaluate: dict[str, Any], text: str, number: int
+) -> None:
+    tree["evaluate"] = evaluate
+    study = StudyConfig.model_validate(tree)
+    assert text in describe_evaluations(study)
+    assert num_evaluations(study) == number
 
 
 @pytest.mark.parametrize(

@@ -451,6 +451,7 @@ def test_modes_of_metrics() -> None:
         ("ends", "search.stop_when=null", None),
         ("asha", "evaluate.every_tokens=128", None),
         ("median", "evaluate.every_tokens=128", "evaluate.every_tokens (256 -> 128)"),
+        ("median", "evaluate.num_log_spaced=5", None),
         ("asha", "search.scheduler=none", "search.scheduler"),
         (
             "asha",

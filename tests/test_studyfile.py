@@ -91,6 +91,8 @@ def line_of(key: str) -> int:
             "reduce; raise it, or say dispersion.allow_negative_weight: true if that is meant",
         ),
         ("dispersion.weight=.nan", "dispersion.weight = NaN is not a finite number"),
+        ("evaluate.num_log_spaced=0", "evaluate.num_log_spaced = 0 is not at least 1"),
+        ("evaluate.num_log_spaced=1001", "evaluate.num_log_spaced = 1001 is not at most 1000"),
         ("noisy_embedding.alpha=-1", "noisy_embedding.alpha = -1 is not at least 0.0"),
         ("noisy_embedding.alpha=.nan", "noisy_embedding.alpha = NaN is not a finite number"),
         ("noisy_embedding.alpha=.inf", "noisy_embedding.alpha = Infinity is not a finite number"),

@@ -101,6 +101,50 @@ def test_evaluations_come_before_between_and_at_the_end(run: Run) -> None:
     assert all(sum(row["histogram"]) == 16 * 16 * 16 for row in layers), "every pair of 16 sequences"
 
 
+def test_evaluations_at_log_spaced_steps(run: Run) -> None:
+    changes = {"train.budget_tokens": 6400, "evaluate.every_tokens": None, "evaluate.num_log_spaced": 6}
+    reported: list[dict[str, Any]] = []
+    result, rows, _ = run(changes, on_evaluation=reported.append)
+    # 50 steps: 50^(k/6) is 1, 1.92, 3.68, 7.07, 13.57, 26.05, rounded
+    steps = [0, 1, 2, 4, 7, 14, 26, 50]
+    assert [report["step"] for report in reported] == steps
+    assert sorted({row["step"] for row in rows.tables["layers"]}) == steps
+    plain, plain_rows, _ = run({**changes, "evaluate.num_log_spaced": None})
+    assert rows.column("loss") == plain_rows.column("loss"), "to look changes nothing"
+    assert result.final.loss == plain.final.loss
+
+
+def test_log_spaced_and_equally_spaced_evaluations_are_one_where_they_meet(run: Run) -> None:
+    reported: list[int] = []
+    asked: list[int] = []
+
+    def must_stop(metrics: dict[str, Any]) -> bool:
+        asked.append(metrics["step"])
+        return False
+
+    run(
+        {"evaluate.num_log_spaced": 5},
+        on_evaluation=lambda report: reported.append(report["step"]),
+        must_stop=must_stop,
+    )
+    assert reported == [0, 1, 2, 3, 4, 6, 8, 10], "1.58 and 2.51 are 2 and 3, 3.98 is 4, as every 512 tokens"
+    assert asked == reported[1:-1]
+
+
+@pytest.mark.parametrize("points", [1, 2, 7, 1000])
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 1000, 10**6])
+def test_log_spaced_steps_lie_before_the_end(study: StudyConfig, num_steps: int, points: int) -> None:
+    changes = {"train.budget_tokens": 128 * num_steps, "evaluate.num_log_spaced": points}
+    steps = replace_fields(study.trial, changes).log_spaced_steps
+    assert list(steps) == sorted(set(steps))
+    assert all(1 <= step < num_steps for step in steps)
+    assert len(steps) <= points
+    assert steps[:1] == ((1,) if num_steps > 1 else ())
+    if num_steps == 10**6 and points == 7:
+        ratios = [later / earlier for earlier, later in zip(steps, [*steps[1:], num_steps], strict=True)]
+        assert ratios == pytest.approx([10 ** (6 / 7)] * 7, rel=0.05)  # to whole steps
+
+
 def test_the_total_is_cross_entropy_plus_weight_times_dispersion(run: Run) -> None:
     _, rows, _ = run()
     for row in rows.tables["steps"]:

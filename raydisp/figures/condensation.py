@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES, LayerProfile
@@ -21,6 +23,7 @@ from raydisp.figures.chart import (
     Plot,
     Points,
     linear_axis,
+    log_ticks,
     point_opacity,
     point_size,
     shortened,
@@ -140,19 +143,24 @@ def short_tokens(number: int) -> str:
 
 
 def trend_panel(tables: Tables, objective: Objective) -> Panel:
-    """Mean cosine of each layer over training, for the baseline and the best trial."""
+    """Mean cosine of each layer over training, for the baseline and the best trial.
+
+    The tokens are on a log axis where a trial was evaluated at log-spaced ones. Its initial weights, at 0
+    tokens, stand at the left end of it.
+    """
     title = "Condensation over training"
     plots = []
-    trends = [
-        (name, analysis.layer_trend(tables.layers, trial).to_pylist())
-        for name, trial in _shown(tables, objective)
-    ]
+    shown = _shown(tables, objective)
+    trends = [(name, analysis.layer_trend(tables.layers, trial).to_pylist()) for name, trial in shown]
     trends = [(name, rows) for name, rows in trends if len({row["num_tokens"] for row in rows}) > 1]
     # One range for both, or the pictures would not compare.
     values = [row["cosine_mean"] for _, rows in trends for row in rows if row["cosine_mean"] is not None]
     axis = Axis("mean cosine between tokens")
     if values:
         axis = linear_axis(axis.title, min(values), max(values))
+    seen = sorted({row["num_tokens"] for _, rows in trends for row in rows})
+    logarithmic = len(seen) > 2 and _log_spaced(tables, [trial for _, trial in shown])
+    along, places = _log_tokens(seen) if logarithmic else (Axis("tokens seen"), {})
     for place, (name, rows) in enumerate(trends):
         numbers = sorted({row["layer"] for row in rows})
         told = {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
@@ -162,15 +170,16 @@ def trend_panel(tables: Tables, objective: Objective) -> Panel:
             marks.append(
                 Line(
                     f"layer {number}",
-                    [row["num_tokens"] for row in own],
+                    [places.get(row["num_tokens"], row["num_tokens"]) for row in own],
                     [row["cosine_mean"] for row in own],
                     colour=blend(DEPTH_COLOURS, number / max(numbers[-1], 1)),
                     symbol="circle",
-                    template=".3f",
+                    hover=[_hover(row) for row in own] if logarithmic else (),
+                    template="" if logarithmic else ".3f",
                     legend=number in told,
                 )
             )
-        chart = Chart(Axis("tokens seen"), axis, marks)
+        chart = Chart(along, axis, marks)
         plots.append(Plot(f"trend-{place}", name, chart))
     if not plots:
         return Panel(
@@ -180,7 +189,38 @@ def trend_panel(tables: Tables, objective: Objective) -> Panel:
         "Mean cosine between the tokens of a sequence (no unit) of every layer at each evaluation, against "
         "the tokens seen; from violet, the embedding output, to yellow-green, the last layer."
     )
+    if places:
+        sentence += " Leftmost, at 0: the initial weights."
     return Panel(title, sentence + _absent([name for name, _ in trends]), plots)
+
+
+def _log_spaced(tables: Tables, trials: Sequence[int]) -> bool:
+    """Whether any of these trials was evaluated at log-spaced tokens."""
+    rows = tables.trials.filter(pc.is_in(tables.trials["trial"], pa.array(trials, pa.int32())))
+    configs = (json.loads(text) for text in rows["config_json"].to_pylist() if text is not None)
+    return any(config.get("evaluate", {}).get("num_log_spaced") is not None for config in configs)
+
+
+def _log_tokens(tokens: Sequence[int]) -> tuple[Axis, dict[int, float]]:
+    """A log axis of tokens, and where on it stands what has no logarithm: {0: place}.
+
+    Args:
+        tokens: sorted, at least two of them above 0.
+    """
+    title, last = "tokens seen (log scale)", tokens[-1]
+    first = next(number for number in tokens if number > 0)
+    ticks = tuple((value, short_tokens(int(value))) for value, _ in log_ticks(first, last))
+    if tokens[0] > 0:
+        return Axis(title, log=True, ends=(first / 1.4, last * 1.4), ticks=ticks), {}
+    # A tenth of the width before the first, and half a decade at least: it is not one of the tokens there.
+    start = first / max(10**0.5, (last / first) ** 0.1)
+    return Axis(title, log=True, ends=(start / 1.4, last * 1.4), ticks=((start, "0"), *ticks)), {0: start}
+
+
+def _hover(row: dict[str, Any]) -> str:
+    when = f"{row['num_tokens']:,} tokens" if row["num_tokens"] else "initial weights"
+    cosine = "not defined" if row["cosine_mean"] is None else f"{row['cosine_mean']:.3f}"
+    return f"layer {row['layer']}, {when}: {cosine}"
 
 
 def against_panel(trials: pa.Table, objective: Objective) -> Panel:
