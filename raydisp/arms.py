@@ -14,7 +14,7 @@ from typing import Any
 
 from raydisp.config import StudyConfig, replace_fields
 from raydisp.confirm_config import BASELINE
-from raydisp.search_config import Choices, Range, condition
+from raydisp.search_config import Choices, Range, condition, label
 
 SEARCH = "search"
 """The arm of the trials of a study that names no arms."""
@@ -118,23 +118,43 @@ def _explicit(study: StudyConfig, name: str) -> Arm:
     fields = study.arms[name]
     fixed = {field: value for field, value in fields.items() if not is_dimension(value)}
     own = {field: value for field, value in fields.items() if is_dimension(value)}
-    return _arm(study, name, fixed, {**_shared(study.search.space, fixed, own), **own})
+    shared = _shared(study.search.space, fixed, own)
+    # A condition looks at what stands before it, so what looks at a field of the arm's own comes behind that.
+    behind: set[str] = set()
+    for field, dimension in shared.items():
+        if any(parent in own or parent in behind for parent in condition(dimension)):
+            behind.add(field)
+    before = {field: shared[field] for field in shared if field not in behind}
+    after = {field: shared[field] for field in shared if field in behind}
+    return _arm(study, name, fixed, {**before, **own, **after})
 
 
 def _shared(space: Mapping[str, Any], fixed: Values, own: Mapping[str, Any]) -> Values:
-    """The shared fields that mean something in an arm: not those it sets, nor any of a term of weight 0."""
+    """The shared fields that mean something in an arm: not those it sets, nor any of a term of weight 0, nor
+    those whose condition cannot hold."""
     off = fixed.get("dispersion.weight") == 0
-    kept = {
-        name: dimension
-        for name, dimension in space.items()
-        if name not in fixed and name not in own and not (off and name.startswith("dispersion."))
-    }
-    # A field whose condition looks at one that is not searched here would never be.
-    return {
-        name: dimension
-        for name, dimension in kept.items()
-        if all(parent in kept or parent in own for parent in condition(dimension))
-    }
+    kept: Values = {}
+    for name, dimension in space.items():
+        if name in fixed or name in own or (off and name.startswith("dispersion.")):
+            continue
+        open_conditions = {}
+        for parent, values in condition(dimension).items():
+            if parent in fixed:
+                if not any(label(fixed[parent]) == label(value) for value in values):
+                    break
+            elif parent in kept or parent in own:
+                open_conditions[parent] = values
+            else:
+                break  # it looks at one that is not searched here, and would never be
+        else:
+            kept[name] = _with_condition(dimension, open_conditions)
+    return kept
+
+
+def _with_condition(dimension: Any, conditions: Mapping[str, Any]) -> Any:
+    if conditions == condition(dimension):
+        return dimension
+    return dimension.model_copy(update={"when": dict(conditions) or None})
 
 
 def _arm(study: StudyConfig, name: str, fixed: Values, space: Values) -> Arm:

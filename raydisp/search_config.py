@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -391,3 +392,12 @@ def choices_of(dimension: Any) -> list[Any] | None:
     if isinstance(dimension, Range):
         return None
     return dimension.choices if isinstance(dimension, Choices) else list(dimension)
+
+
+def label(value: Any) -> str:
+    """A value as text that differs wherever the values do."""
+    # 1, True and "1" are equal or alike in Python; as text with their type they are not. 1.0 is 1: which of
+    # the two stands somewhere depends on who wrote it.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"{type(value).__name__}:{json.dumps(value)}"

@@ -30,7 +30,7 @@ from raydisp.curves import EVALUATED, Point, read_curves
 from raydisp.dispatch import Dispatcher, Launch
 from raydisp.errors import OutputError
 from raydisp.optuna_study import OptunaStudy
-from raydisp.search_config import Range
+from raydisp.search_config import Range, label
 from raydisp.stopping import StopRule, full_tokens
 from raydisp.studyfile import dump_study
 from raydisp.warm_start import comparable_fields
@@ -87,7 +87,7 @@ class Recorded:
         self._columns = {
             name: self._axes[name].places(point[name] for point in self.points) for name in names
         }
-        self._labels = {name: [space.label(point[name]) for point in self.points] for name in names}
+        self._labels = {name: [label(point[name]) for point in self.points] for name in names}
         self._baseline: list[bool] = [row["arm"] == "baseline" for row in rows]
         self._finals = {
             column: np.array([np.nan if row[column] is None else row[column] for row in rows], dtype=float)
@@ -143,8 +143,8 @@ class Recorded:
             if self._axes[name].is_number and _is_number(value):
                 square += (self._columns[name] - self._axes[name].place(value)) ** 2
             else:
-                label = space.label(value)
-                square += np.array([0.0 if other == label else 1.0 for other in self._labels[name]])
+                own = label(value)
+                square += np.array([0.0 if other == own else 1.0 for other in self._labels[name]])
         chosen = np.argsort(square, kind="stable")[:NUM_NEIGHBOURS]
         distance = math.sqrt(square[chosen[0]])
         if distance < 1e-9:
@@ -239,7 +239,7 @@ def load_recorded(study: StudyConfig, origin: str) -> Recorded:
 def _varied(configs: list[dict[str, Any]]) -> list[str]:
     """Dotted names of the fields in which configurations differ."""
     flat = [comparable_fields(config, ()) for config in configs]
-    return [name for name in flat[0] if len({space.label(one.get(name)) for one in flat}) > 1]
+    return [name for name in flat[0] if len({label(one.get(name)) for one in flat}) > 1]
 
 
 def _refuse_other_settings(

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from raydisp.arms import dimensions
 from raydisp.config import StudyConfig, TrialConfig, field_of
-from raydisp.search_config import Range, choices_of, condition
+from raydisp.search_config import Range, choices_of, condition, label
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -277,12 +277,3 @@ def _is_section(kind: Any) -> bool:
 
 def _scalar(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
-
-
-def label(value: Any) -> str:
-    """A value as text that differs wherever the values do."""
-    # 1, True and "1" are equal or alike in Python; as text with their type they are not. 1.0 is 1: which of
-    # the two stands somewhere depends on who wrote it.
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return f"{type(value).__name__}:{json.dumps(value)}"

@@ -15,7 +15,7 @@ from raydisp.arms import Arms, is_dimension
 from raydisp.config import StudyConfig, TrialConfig, with_fields
 from raydisp.confirm_config import BASELINE
 from raydisp.errors import suggest
-from raydisp.search_config import Range, choices_of, condition
+from raydisp.search_config import Range, choices_of, condition, label
 from raydisp.space import (
     MAX_GRID,
     NOT_SEARCHED,
@@ -24,7 +24,6 @@ from raydisp.space import (
     describe,
     grid_size,
     is_one_of,
-    label,
     number_type,
     searchable_fields,
     values_of,

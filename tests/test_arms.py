@@ -306,6 +306,24 @@ def test_mistakes_are_told_with_their_place(armed: dict[str, Any], change: Any, 
     assert "\n" not in text
 
 
+def test_a_shared_field_may_look_at_a_field_of_an_arm(armed: dict[str, Any]) -> None:
+    """Where the arm searches it, behind it; where the arm sets it, always or never."""
+    when = {"dispersion.variant": ["angular_spread", "l2_repel"]}
+    rate, temperature = armed["search"]["space"], {"low": 0.1, "high": 2.0}
+    armed["search"]["space"] = {"dispersion.temperature": {**temperature, "when": when}, **rate}
+    armed["arms"]["dispersion"] = {
+        "dispersion.variant": {"choices": ["angular_spread", "l2_repel", "cosine"]}
+    }
+    armed["arms"]["noisy"] = {"dispersion.variant": "l2_repel"}
+    armed["arms"]["settled"] = {"dispersion.variant": "cosine"}
+    spaces = {arm.name: arm.study.search.space for arm in Arms(make(armed)).all}
+    assert list(spaces["baseline"]) == list(spaces["settled"]) == list(rate)
+    assert list(spaces["dispersion"]) == [*rate, "dispersion.variant", "dispersion.temperature"]
+    assert spaces["dispersion"]["dispersion.temperature"].when == when
+    assert set(spaces["noisy"]) == {*rate, "dispersion.temperature"}
+    assert spaces["noisy"]["dispersion.temperature"].when is None
+
+
 def test_unequal_numbers_of_trials_are_refused(armed: dict[str, Any]) -> None:
     armed["search"]["stop_when"] = {"no_improvement_trials": 3}
     assert "each of which gets the same number of trials" in mistake(armed)
