@@ -9,6 +9,7 @@ import http.server
 import importlib
 import io
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -60,6 +61,17 @@ def test_every_page_is_built(site: Path) -> None:
     for page in PAGES:
         assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file()
     assert not (site / "hooks.py").exists()
+
+
+def test_recorded_results_join_the_navigation_where_there_are_any(tmp_path: Path) -> None:
+    hooks = runpy.run_path(str(DOCS / "hooks.py"))
+    config = {"docs_dir": str(tmp_path), "nav": ["index.md"]}
+    assert hooks["on_config"](config)["nav"] == ["index.md"]
+    (tmp_path / "results" / "a").mkdir(parents=True)
+    for name in ("b.md", "index.md", "a/c.md"):
+        (tmp_path / "results" / name).write_text("# x")
+    pages = ["results/index.md", "results/a/c.md", "results/b.md"]
+    assert hooks["on_config"](config)["nav"] == ["index.md", {"Recorded results": pages}]
 
 
 class Asked(html.parser.HTMLParser):
