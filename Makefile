@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install study test test-cluster test-fast lint format clean
+.PHONY: help install study test test-cluster test-fast lint format docs clean
 
 help:
 	@echo "make study      run studies/weight_search.yaml: 9 minutes on 2 cores, no accelerator, no model hub"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-cluster  a real ray up on hosts of the test's own: root, iproute2, openssh-server, rsync"
 	@echo "make test-fast  lint, types and the tests that need neither Ray nor hosts of their own"
 	@echo "make format     format the code"
+	@echo "make docs       the documentation as a site, build/site/index.html; warnings are errors"
 
 install: $(STAMP)
 
@@ -42,6 +43,10 @@ test-fast: lint
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python -m raydisp.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -33,6 +33,18 @@ from raydisp.train_config import (
 SCHEMA_VERSION = 1
 """Part of every trial's identity; raised whenever a default that changes results changes."""
 
+NOT_IDENTITY: dict[str, set[str]] = {
+    "checkpoint": set(),
+    "train": set(EFFORT_FIELDS),
+    "dispersion": {"allow_negative_weight"},
+}
+"""Section of a trial -> its fields that change no result; none named: all of them."""
+
+
+def in_identity(part: str, name: str) -> bool:
+    """Whether a field of a section of a trial is part of the trial's identity."""
+    return part not in NOT_IDENTITY or (bool(NOT_IDENTITY[part]) and name not in NOT_IDENTITY[part])
+
 
 class EvaluateConfig(Section):
     """Evaluation on the validation split while training; the whole split is always used at the end."""
@@ -74,7 +86,9 @@ class TrialConfig(Section):
     active_forgetting: ActiveForgettingConfig = ActiveForgettingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    seed: Seed = 0
+    seed: Annotated[
+        Seed, Field(description="of the initial weights, the order of the data, all noise and the search")
+    ] = 0
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrialConfig:
@@ -140,15 +154,8 @@ class TrialConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The fields that differ from their defaults and change the result; what `sha256` covers."""
-        fields = self.model_dump(
-            mode="json",
-            exclude_defaults=True,
-            exclude={
-                "checkpoint": True,
-                "train": set(EFFORT_FIELDS),
-                "dispersion": {"allow_negative_weight"},
-            },
-        )
+        left_out = {part: names or True for part, names in NOT_IDENTITY.items()}
+        fields = self.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
         if not fields.get("dispersion", True):
             del fields["dispersion"]  # nothing but the permission was said
         # A discriminator has no default, but say it outright: it decides what the other keys mean.

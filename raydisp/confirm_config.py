@@ -85,7 +85,9 @@ class ConfirmConfig(Section):
     ] = 1
     num_seeds: Annotated[
         Annotated[Int, Field(le=10_000)] | None,
-        Field(description="null: the smallest n with 2 m / 2^n <= 0.05 for m arms beside the baseline"),
+        Field(
+            description="at least 2; null: the least n with 2 m / 2^n <= 0.05 for m arms beside the baseline"
+        ),
     ] = None
     smallest_effect: Annotated[
         float,

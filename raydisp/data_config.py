@@ -18,14 +18,20 @@ class _Data(Section):
 class PythonDocs(_Data):
     """The English prose that ships with the running CPython: language topics and docstrings."""
 
-    source: Literal["python_docs"]
+    source: Annotated[Literal["python_docs"], Field(description="the documentation of CPython")]
 
 
 class Files(_Data):
     """Text (one document a file), JSON lines and Parquet (one document a row), by path or glob."""
 
-    source: Literal["files"]
-    paths: Annotated[list[str], Field(min_length=1)]
+    source: Annotated[Literal["files"], Field(description="files of your own")]
+    paths: Annotated[
+        list[str],
+        Field(
+            min_length=1,
+            description="files or globs, ** included; .jsonl, .ndjson, .json, .parquet, else text; .gz too",
+        ),
+    ]
     text_field: Annotated[
         str, Field(min_length=1, description="the field of a JSON line or the column of a Parquet file")
     ] = "text"
@@ -38,16 +44,20 @@ class HubData(_Data):
     stable hash of the document.
     """
 
-    source: Literal["hub"]
-    path: Annotated[str, Field(min_length=1)]
+    source: Annotated[Literal["hub"], Field(description="of the Hugging Face hub")]
+    path: Annotated[str, Field(min_length=1, description="such as Salesforce/wikitext, or a local folder")]
     name: Annotated[str | None, Field(description="configuration of the dataset")] = None
     revision: Annotated[
         str | None, Field(description="branch, tag or commit; resolved to a commit once per study")
     ] = None
-    text_field: Annotated[str, Field(min_length=1)] = "text"
-    train_split: Annotated[str, Field(min_length=1)] = "train"
-    validation_split: str | None = None
-    test_split: str | None = None
+    text_field: Annotated[str, Field(min_length=1, description="the column with the text")] = "text"
+    train_split: Annotated[str, Field(min_length=1, description="its split to train on")] = "train"
+    validation_split: Annotated[
+        str | None, Field(description="its split to choose on; null: split off train_split")
+    ] = None
+    test_split: Annotated[
+        str | None, Field(description="its split for the confirm phase; null: split off train_split")
+    ] = None
 
 
 DataConfig = Annotated[PythonDocs | Files | HubData, Field(discriminator="source")]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from raydisp import parts, storage
+from raydisp.columns import TIMESTAMP, Column, Columns, make_schema
 from raydisp.results import write_table
 
 if TYPE_CHECKING:
@@ -25,63 +26,84 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-MODEL_SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),  # for people
-        ("model", pa.string()),  # as the command was told it; identifies the row, made absolute where local
-        ("source", pa.string()),  # hub | path | gguf
-        ("model_revision", pa.string()),  # commit of the hub, or sha256 of the file or folder
-        ("num_parameters", pa.int64()),  # tied weights count once
-        ("num_layers", pa.int32()),  # transformer blocks n; there are n + 1 hidden states
-        ("hidden_size", pa.int32()),  # features
-        ("max_tokens", pa.int64()),  # that a text counts with at most: as asked, or the model's positions
-        ("num_texts", pa.int64()),  # measured
-        ("num_left_out", pa.int64()),  # texts with fewer than two tokens
-        ("num_tokens", pa.int64()),  # over the measured texts
-        ("texts", pa.string()),  # where they are from, in words
-        ("texts_sha256", pa.string()),  # of the texts as read, before tokens are cut; the same for all models
-        ("spearman", pa.float64()),  # of the layer means against the layer number; null where undefined
-        ("kendall", pa.float64()),  # tau-b of the same
-        ("last_1_mean", pa.float64()),  # mean cosine of the last N hidden states; null where there are fewer
-        ("last_2_mean", pa.float64()),
-        ("last_3_mean", pa.float64()),
-        ("last_4_mean", pa.float64()),
-        ("last_5_mean", pa.float64()),
-        ("last_half_mean", pa.float64()),  # of the last floor(S / 2) + 1 of S states, as the authors have it
-        ("last_half_stderr", pa.float64()),  # over texts, as every stderr here; null for one text
-        ("dtype", pa.string()),  # of the weights and hidden states: float32 | bfloat16
-        ("device", pa.string()),  # cpu, or the GPU's name
-        ("load_s", pa.float64()),  # reading the model
-        ("measure_s", pa.float64()),  # all forward passes and measures
-        ("code_version", pa.string()),
-        ("packages_json", pa.string()),
-        ("started_at", pa.timestamp("us", tz="UTC")),
-        ("ended_at", pa.timestamp("us", tz="UTC")),
-    ]
-)
+MODEL_COLUMNS: Columns = {
+    "name": Column(pa.string(), "for people"),
+    "model": Column(
+        pa.string(), "as the command was told it, made absolute where it is local; identifies the row"
+    ),
+    "source": Column(pa.string(), "`hub`, `path` or `gguf`"),
+    "model_revision": Column(pa.string(), "commit of the hub, or SHA-256 of the file or folder"),
+    "num_parameters": Column(pa.int64(), "tied weights count once"),
+    "num_layers": Column(pa.int32(), "transformer blocks n; there are n + 1 hidden states"),
+    "hidden_size": Column(pa.int32(), "features of a hidden state"),
+    "max_tokens": Column(
+        pa.int64(), "that a text counts with at most: as asked, or the model's positions", "tokens"
+    ),
+    "num_texts": Column(pa.int64(), "measured"),
+    "num_left_out": Column(pa.int64(), "texts with fewer than two tokens"),
+    "num_tokens": Column(pa.int64(), "over the measured texts", "tokens"),
+    "texts": Column(pa.string(), "where they are from, in words"),
+    "texts_sha256": Column(
+        pa.string(), "of the texts as read, before tokens are cut; the same for all models"
+    ),
+    "spearman": Column(
+        pa.float64(), "rank correlation of the layer means with the layer number; null where undefined"
+    ),
+    "kendall": Column(pa.float64(), "tau-b of the same"),
+    **{
+        f"last_{count}_mean": Column(
+            pa.float64(),
+            "mean cosine of the last hidden state"
+            if count == 1
+            else f"of the last {count} hidden states; null where there are fewer",
+        )
+        for count in range(1, 6)
+    },
+    "last_half_mean": Column(
+        pa.float64(), "of the last floor(S / 2) + 1 of S hidden states, as the paper's authors have it"
+    ),
+    "last_half_stderr": Column(pa.float64(), "standard error over texts; null for one text"),
+    "dtype": Column(pa.string(), "of the weights and hidden states: `float32` or `bfloat16`"),
+    "device": Column(pa.string(), "`cpu`, or the name of the GPU"),
+    "load_s": Column(pa.float64(), "reading the model", "s"),
+    "measure_s": Column(pa.float64(), "all forward passes and measures", "s"),
+    "code_version": Column(pa.string(), "of raydisp, with the commit of its checkout where there is one"),
+    "packages_json": Column(pa.string(), "versions of Python and the packages that matter, as JSON"),
+    "started_at": Column(TIMESTAMP, "start of the measurement"),
+    "ended_at": Column(TIMESTAMP, "its end"),
+}
+MODEL_SCHEMA = make_schema(MODEL_COLUMNS)
 
-CONDENSATION_SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("model", pa.string()),
-        ("layer", pa.int32()),  # 0 is the embedding output, n is after the final norm
-        ("depth_frac", pa.float64()),  # layer / n
-        # Cosines between the tokens of a text have no unit; means are over all ordered pairs, then texts.
-        ("cosine_mean", pa.float64()),
-        ("cosine_stderr", pa.float64()),
-        ("cosine_centred_mean", pa.float64()),  # after subtracting the text's mean vector
-        ("cosine_centred_stderr", pa.float64()),
-        ("cosine_without_first_mean", pa.float64()),  # without token 0
-        ("cosine_without_first_stderr", pa.float64()),
-        ("cosine_p05", pa.float64()),  # of all pairs of all texts, good to one bin
-        ("cosine_p50", pa.float64()),
-        ("cosine_p95", pa.float64()),
-        ("effective_rank", pa.float64()),  # 1 to min(tokens, features)
-        ("effective_rank_stderr", pa.float64()),
-        ("histogram", pa.list_(pa.int64())),  # counts of every pair in 128 equal bins on [-1, 1]
-        ("averaged_histogram", pa.list_(pa.int64())),  # of the matrices averaged over texts first; or null
-    ]
-)
+CONDENSATION_COLUMNS: Columns = {
+    "name": Column(pa.string(), "of the model, for people"),
+    "model": Column(pa.string(), "as in `models`"),
+    "layer": Column(pa.int32(), "0 is the embedding output, n the last block after the final norm"),
+    "depth_frac": Column(pa.float64(), "layer / n"),
+    "cosine_mean": Column(
+        pa.float64(), "mean cosine over all ordered pairs of a text's tokens, i = j included, then texts"
+    ),
+    "cosine_stderr": Column(pa.float64(), "its standard error over texts, as every stderr here"),
+    "cosine_centred_mean": Column(pa.float64(), "the same after subtracting the text's mean vector"),
+    "cosine_centred_stderr": Column(pa.float64(), "its standard error"),
+    "cosine_without_first_mean": Column(pa.float64(), "the same without token 0"),
+    "cosine_without_first_stderr": Column(pa.float64(), "its standard error"),
+    "cosine_p05": Column(pa.float64(), "5 % of all pairs of all texts have a lower cosine; good to one bin"),
+    "cosine_p50": Column(pa.float64(), "the median pair; good to one bin"),
+    "cosine_p95": Column(pa.float64(), "95 % of all pairs have a lower cosine; good to one bin"),
+    "effective_rank": Column(
+        pa.float64(),
+        "exponential of the entropy of the normalised singular values of a text's tokens, 1 to min(tokens, "
+        "features)",
+    ),
+    "effective_rank_stderr": Column(pa.float64(), "its standard error"),
+    "histogram": Column(pa.list_(pa.int64()), "counts of the cosines in 128 equal bins on [-1, 1]", "pairs"),
+    "averaged_histogram": Column(
+        pa.list_(pa.int64()),
+        "counts of the cosine matrices averaged over texts first, as the paper's figures have it, or null",
+        "pairs",
+    ),
+}
+CONDENSATION_SCHEMA = make_schema(CONDENSATION_COLUMNS)
 
 SCHEMAS = {"models": MODEL_SCHEMA, "condensation": CONDENSATION_SCHEMA}
 

@@ -12,11 +12,13 @@ from raydisp.section import Int, PositiveInt, Section
 class ScratchModel(Section):
     """A causal language model of the given sizes with fresh random weights (drawn from the trial's seed)."""
 
-    source: Literal["scratch"]
-    family: Literal["gpt2", "llama", "qwen3"] = "gpt2"
-    num_layers: Annotated[Int, Field(ge=1, le=1000)] = 6
-    hidden_size: Annotated[Int, Field(ge=2)] = 128
-    num_heads: PositiveInt = 4
+    source: Annotated[Literal["scratch"], Field(description="fresh random weights")]
+    family: Annotated[Literal["gpt2", "llama", "qwen3"], Field(description="architecture")] = "gpt2"
+    num_layers: Annotated[Int, Field(ge=1, le=1000, description="transformer blocks")] = 6
+    hidden_size: Annotated[
+        Int, Field(ge=2, description="features of a hidden state; a multiple of num_heads")
+    ] = 128
+    num_heads: Annotated[PositiveInt, Field(description="attention heads of a block")] = 4
     num_kv_heads: Annotated[
         PositiveInt | None, Field(description="key/value heads of llama and qwen3; null: num_heads")
     ] = None
@@ -25,7 +27,7 @@ class ScratchModel(Section):
         Int, Field(ge=300, le=1_000_000, description="of the byte-level BPE trained on the training split")
     ] = 4096
     tie_embeddings: Annotated[bool, Field(description="output head shares the input embedding")] = True
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="in every dropout of the model")] = 0.0
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ScratchModel:
@@ -56,8 +58,8 @@ class _Pretrained(Section):
 class HubModel(_Pretrained):
     """A pretrained model and its tokenizer from the Hugging Face hub (or its local cache)."""
 
-    source: Literal["hub"]
-    id: Annotated[str, Field(min_length=1)]
+    source: Annotated[Literal["hub"], Field(description="of the Hugging Face hub")]
+    id: Annotated[str, Field(min_length=1, description="such as gpt2 or HuggingFaceTB/SmolLM2-135M")]
     revision: Annotated[
         str | None, Field(description="branch, tag or commit; resolved to a commit once per study")
     ] = None
@@ -67,16 +69,16 @@ class HubModel(_Pretrained):
 class PathModel(_Pretrained):
     """A pretrained model and its tokenizer from a local folder written by save_pretrained."""
 
-    source: Literal["path"]
-    path: Annotated[str, Field(min_length=1)]
+    source: Annotated[Literal["path"], Field(description="a local folder")]
+    path: Annotated[str, Field(min_length=1, description="the folder; all nodes must see it")]
     trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
 
 
 class GgufModel(_Pretrained):
     """A pretrained model and its tokenizer from one GGUF file, weights dequantised to float32."""
 
-    source: Literal["gguf"]
-    path: Annotated[str, Field(min_length=1)]
+    source: Annotated[Literal["gguf"], Field(description="a GGUF file")]
+    path: Annotated[str, Field(min_length=1, description="the file; all nodes must see it")]
 
 
 ModelConfig = Annotated[ScratchModel | HubModel | PathModel | GgufModel, Field(discriminator="source")]

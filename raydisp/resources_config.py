@@ -45,7 +45,7 @@ class ResourcesConfig(Section):
             "there is room for"
         ),
     ] = 1
-    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0.0, description="a part of one is allowed")] = 1
     gpus_per_worker: Annotated[
         Annotated[float, Field(ge=0.0)] | Literal["auto"], Field(description="auto: 1 where there are GPUs")
     ] = "auto"

@@ -1,8 +1,8 @@
-"""The results on disk: column names, Arrow schemas, writing and reading.
+"""The results on disk: their files, writing and reading them.
 
 A study's folder holds four Parquet datasets, `trials`, `steps`, `evals` and `layers`; they are the truth,
-and everything else can be rebuilt from them. Files are named after what they hold, so that writing one again
-replaces it and never doubles a row:
+and everything else can be rebuilt from them. `columns` says what is in them. Files are named after what they
+hold, so that writing one again replaces it and never doubles a row:
 
     trials/trial-00003-attempt-1.parquet     one row
     steps/trial-00003/until-00000050.parquet rows up to step 50 (evals and layers likewise)
@@ -30,112 +30,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydisp import parts, storage
+from raydisp import columns, parts, storage
 from raydisp.errors import OutputError
 
 SCHEMA_VERSION = parts.SCHEMA_VERSION
 STATUSES = ("completed", "pruned", "failed", "diverged", "interrupted")
 NUM_HISTOGRAM_BINS = 128
 
-_timestamp = pa.timestamp("us", tz="UTC")
+TRIAL_COLUMNS: dict[str, pa.DataType] = {name: column.type for name, column in columns.TRIALS.items()}
+"""Columns of `trials` without those of the searched fields, which stand after `seed`."""
 
-TRIAL_COLUMNS: dict[str, pa.DataType] = {
-    "study": pa.string(),
-    "phase": pa.string(),  # search | confirm
-    "trial": pa.int32(),  # confirm runs come after those of the search
-    "attempt": pa.int32(),  # from 1; the one with the highest number counts
-    "arm": pa.string(),  # baseline | search; in the confirm phase baseline or the name of a frozen arm
-    "status": pa.string(),  # one of STATUSES
-    "seed": pa.int64(),
-    "config_json": pa.string(),  # the whole TrialConfig
-    "study_json": pa.string(),  # the whole study file, resolved
-    "confirm_json": pa.string(),  # the plan frozen before the first confirm run; null in the search phase
-    "config_sha256": pa.string(),  # the trial's identity
-    "num_steps": pa.int64(),  # really done
-    "num_tokens": pa.int64(),  # really seen
-    "num_skipped_steps": pa.int64(),  # of num_steps: not used, because the gradient was not finite
-    "resumed_step": pa.int64(),  # the step that this attempt went on from; 0: it began anew
-    "train_loss": pa.float64(),  # nats per token, cross-entropy alone, mean over the last tenth of the steps
-    "val_loss": pa.float64(),  # nats per token, whole validation split
-    "val_perplexity": pa.float64(),
-    "val_bits_per_byte": pa.float64(),
-    "test_loss": pa.float64(),  # nats per token, whole test split; confirm only
-    "layer_cosine_mean": pa.float64(),  # mean over layers 1..n of the mean pairwise cosine
-    "spearman": pa.float64(),  # of the layer means against the layer number, 0..n
-    "kendall": pa.float64(),
-    "train_s": pa.float64(),  # the loop: steps, evaluations, checkpoints
-    "startup_s": pa.float64(),  # from the trial's start to its first step
-    "tokens_per_s": pa.float64(),  # training steps alone
-    "peak_memory_bytes": pa.int64(),  # of one worker: CUDA's peak, else the process's resident peak
-    "world_size": pa.int32(),
-    "strategy": pa.string(),
-    "precision": pa.string(),  # resolved: fp32 | bf16 | fp16
-    "micro_batch_tokens": pa.int64(),  # per forward pass of one worker; null where none was made
-    "device": pa.string(),
-    "hostname": pa.string(),
-    "data_sha256": pa.string(),
-    "initial_weights_sha256": pa.string(),  # before the first step; null where not recorded, as the next two
-    "first_batch_sha256": pa.string(),  # token ids of the first step, over all workers
-    "last_batch_sha256": pa.string(),
-    "model_revision": pa.string(),
-    "code_version": pa.string(),
-    "packages_json": pa.string(),
-    "error_type": pa.string(),
-    "error_message": pa.string(),
-    "traceback": pa.string(),
-    "note": pa.string(),  # what a reader should know of an attempt that otherwise looks like any other
-    "started_at": _timestamp,
-    "ended_at": _timestamp,
-}
-"""Columns of `trials`, without those of the searched fields, which are named by their dotted path, stand
-after `seed` and are typed by the field: float64, int64, bool, or string (a list of layers as JSON)."""
-
-STEP_SCHEMA = pa.schema(
-    [
-        ("trial", pa.int32()),
-        ("attempt", pa.int32()),
-        ("step", pa.int64()),  # steps done: 1 is after the first
-        ("num_tokens", pa.int64()),
-        ("loss", pa.float64()),  # lm_loss + weight x dispersion_loss
-        ("lm_loss", pa.float64()),  # nats per token
-        ("dispersion_loss", pa.float64()),  # unweighted; null where the weight is 0
-        ("grad_norm", pa.float64()),  # before clipping
-        ("learning_rate", pa.float64()),  # with active_forgetting, of all weights but the input embeddings
-        ("elapsed_s", pa.float64()),  # training time since the trial's first step, over its attempts
-    ]
-)
-
-EVAL_SCHEMA = pa.schema(
-    [
-        ("trial", pa.int32()),
-        ("attempt", pa.int32()),
-        ("step", pa.int64()),  # 0 is before training
-        ("num_tokens", pa.int64()),
-        ("split", pa.string()),
-        ("name", pa.string()),  # loss, perplexity, bits_per_byte, layer_cosine_mean, spearman, kendall
-        ("value", pa.float64()),
-        ("num_items", pa.int64()),  # predicted tokens for losses, sequences for condensation
-        ("stderr", pa.float64()),  # over sequences; null where it is not defined
-    ]
-)
-
-LAYER_SCHEMA = pa.schema(
-    [
-        ("trial", pa.int32()),
-        ("attempt", pa.int32()),
-        ("step", pa.int64()),
-        ("num_tokens", pa.int64()),
-        ("layer", pa.int32()),  # 0 is the embedding output, n is after the final norm
-        ("cosine_mean", pa.float64()),
-        ("cosine_centred_mean", pa.float64()),
-        ("cosine_p05", pa.float64()),
-        ("cosine_p50", pa.float64()),
-        ("cosine_p95", pa.float64()),
-        ("effective_rank", pa.float64()),
-        ("histogram", pa.list_(pa.int64())),  # NUM_HISTOGRAM_BINS counts of pairwise cosines on [-1, 1]
-    ]
-)
-
+STEP_SCHEMA = columns.make_schema(columns.STEPS)
+EVAL_SCHEMA = columns.make_schema(columns.EVALS)
+LAYER_SCHEMA = columns.make_schema(columns.LAYERS)
 ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEMA}
 
 MAX_READS = 50
@@ -442,8 +349,8 @@ def _sorted(table: pa.Table, keys: Sequence[str]) -> pa.Table:
     """Sorted by columns of whole numbers; a compact file is already."""
     if table.num_rows < 2:
         return table
-    columns = [table[key].fill_null(-1).to_numpy() for key in keys]
-    order = np.lexsort(columns[::-1])
+    values = [table[key].fill_null(-1).to_numpy() for key in keys]
+    order = np.lexsort(values[::-1])
     return table if (np.diff(order) == 1).all() else table.take(pa.array(order))
 
 

@@ -70,8 +70,8 @@ When = Annotated[
 class Range(Section):
     """A searched number: low <= x <= high; whole numbers where the field is one."""
 
-    low: int | float
-    high: int | float
+    low: Annotated[int | float, Field(description="the smallest value")]
+    high: Annotated[int | float, Field(description="the largest value")]
     log: Annotated[bool, Field(description="search on a logarithmic axis")] = False
     step: Annotated[
         Annotated[int | float, Field(gt=0)] | None, Field(description="only low, low + step, ... are tried")
@@ -96,7 +96,7 @@ class Range(Section):
 class Choices(Section):
     """Searched values one by one, where they have a condition; without one a plain list says the same."""
 
-    choices: Annotated[list[Choice], Field(min_length=1)]
+    choices: Annotated[list[Choice], Field(min_length=1, description="the values")]
     when: When = None
 
 
@@ -123,7 +123,7 @@ Dimension = Annotated[
 class Objective(Section):
     """What the search makes small or large, measured at the end of each trial on the validation split."""
 
-    metric: Metric = "val_loss"
+    metric: Annotated[Metric, Field(description="column of trials")] = "val_loss"
     mode: Annotated[Literal["min", "max"], Field(description="default: min; max of tokens_per_s")] = "min"
 
     @model_validator(mode="before")
@@ -166,13 +166,17 @@ class _Stopping(Section):
 class Asha(_Stopping):
     """Asynchronous successive halving: at each rung the best of reduction_factor go on (Optuna's pruner)."""
 
-    reduction_factor: Annotated[Int, Field(ge=2, le=100)] = 3
+    reduction_factor: Annotated[
+        Int, Field(ge=2, le=100, description="one of so many goes on at each rung")
+    ] = 3
 
 
 class Hyperband(_Stopping):
     """Several brackets of successive halving side by side, with later and later first rungs."""
 
-    reduction_factor: Annotated[Int, Field(ge=2, le=100)] = 3
+    reduction_factor: Annotated[
+        Int, Field(ge=2, le=100, description="one of so many goes on at each rung")
+    ] = 3
 
 
 class Median(_Stopping):
@@ -289,7 +293,9 @@ class SearchConfig(Section):
         list[Annotated[str, Field(min_length=1)]],
         Field(description="results folders of other studies: the sampler knows their trials from the start"),
     ] = Field(default_factory=list)
-    scheduler: Scheduler = "none"
+    scheduler: Annotated[Scheduler, Field(description="who stops trials before their budget is used up")] = (
+        "none"
+    )
     max_tokens_total: Annotated[
         Tokens | None,
         Field(
@@ -300,7 +306,9 @@ class SearchConfig(Section):
         Annotated[float, Field(gt=0.0)] | None,
         Field(description="hours in which trials ran, over all runs of the command; none starts after it"),
     ] = None
-    stop_when: StopWhen | None = None
+    stop_when: Annotated[
+        StopWhen | None, Field(description="the search ends when it no longer improves; null: it does not")
+    ] = None
 
     @model_validator(mode="after")
     def _objectives_and_who_watches_them(self) -> SearchConfig:

@@ -72,14 +72,18 @@ def _members(annotation: Any) -> list[Any]:
 
 def searchable_fields(study: StudyConfig) -> dict[str, Any]:
     """Dotted name -> annotation of every field that a search may vary in this study."""
-    fields: dict[str, Any] = {}
-    for part in TrialConfig.model_fields:
-        if part in NOT_SEARCHED:
-            continue
-        for name, field in type(getattr(study, part)).model_fields.items():
-            if name != "source" and f"{part}.{name}" not in NOT_SEARCHED:
-                fields[f"{part}.{name}"] = field.annotation
-    return fields
+    return {
+        f"{part}.{name}": field.annotation
+        for part in TrialConfig.model_fields
+        if part not in NOT_SEARCHED
+        for name, field in type(getattr(study, part)).model_fields.items()
+        if may_be_searched(part, name)
+    }
+
+
+def may_be_searched(part: str, name: str) -> bool:
+    """Whether a search may vary a field of a section of a trial."""
+    return part not in NOT_SEARCHED and name != "source" and f"{part}.{name}" not in NOT_SEARCHED
 
 
 def values_of(dimension: Any) -> list[Any]:

@@ -60,7 +60,7 @@ class Mlflow(Section):
 class Wandb(Section):
     """A run for each trial in Weights & Biases. The key comes from WANDB_API_KEY or `wandb login`."""
 
-    project: Annotated[str, Field(min_length=1)] = "raydisp"
+    project: Annotated[str, Field(min_length=1, description="of Weights & Biases")] = "raydisp"
     mode: Annotated[
         Literal["offline", "online"],
         Field(description="offline: into a folder that `wandb sync` can send later"),

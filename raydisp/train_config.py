@@ -48,8 +48,10 @@ class TrainConfig(Section):
     min_learning_rate_frac: Annotated[Fraction, Field(description="of the peak, at the end")] = 0.0
     warmup_frac: Annotated[Fraction, Field(description="of all steps, linear")] = 0.2
     weight_decay: Annotated[float, Field(ge=0.0, description="on matrices, not on biases and norms")] = 0.1
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0, description="decay of AdamW's mean gradient")] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0, description="decay of AdamW's mean squared gradient")] = (
+        0.95
+    )
     grad_clip: Annotated[
         Annotated[float, Field(gt=0.0)] | None, Field(description="global gradient norm; null: no clipping")
     ] = 1.0
@@ -93,12 +95,21 @@ class DispersionConfig(Section):
         }
     )
 
-    variant: Variant = "angular_spread"
+    variant: Annotated[
+        Variant, Field(description="which loss; each docstring of raydisp.losses has formula and source")
+    ] = "angular_spread"
     weight: Annotated[float, Field(description="at least 0, unless allow_negative_weight")] = 0.1
     allow_negative_weight: Annotated[
         bool, Field(description="weights below 0 are meant: they reward what the loss otherwise punishes")
     ] = False
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="of angular_spread and uniformity; of l2_repel and perplexity_entropy too, there a "
+            "squared length",
+        ),
+    ] = 1.0
     layers: Annotated[
         str | list[Annotated[int, Field(ge=0)]],
         Field(

@@ -22,67 +22,76 @@ import pyarrow as pa
 from raydisp import paired, storage
 from raydisp import verdict_words as words
 from raydisp.analysis import MEASURES
+from raydisp.columns import Column, Columns, make_schema
 from raydisp.frozen_plan import Plan, confirm_rows, read_plan
 from raydisp.pairs import Pair, Row, pair_up
 from raydisp.results import write_table
 
-VERDICT_SCHEMA = pa.schema(
-    [
-        ("study", pa.string()),
-        ("arm", pa.string()),
-        ("from_trial", pa.int32()),  # of the search, whose values the arm has; null where it has its own
-        ("description", pa.string()),
-        ("verdict", pa.string()),  # helps | hurts | no_effect_that_matters | inconclusive
-        ("reason", pa.string()),  # of inconclusive: no pair | one pair | diverged | not shown; else null
-        ("primary_outcome", pa.string()),  # column of trials; lower is better
-        ("unit", pa.string()),  # of the columns from difference to high_90, and of smallest_effect
-        ("difference", pa.float64()),  # arm minus baseline, mean over the pairs
-        ("spread", pa.float64()),  # standard deviation over the pairs; null with fewer than 2
-        ("low_95", pa.float64()),  # paired t interval
-        ("high_95", pa.float64()),
-        ("low_90", pa.float64()),  # inside +-smallest_effect: no effect that matters
-        ("high_90", pa.float64()),
-        ("p_value", pa.float64()),  # paired t test, two-sided
-        ("holm_p_value", pa.float64()),  # adjusted over the arms; decides
-        ("sign_flip_p_value", pa.float64()),  # two-sided
-        ("sign_flip_holm_p_value", pa.float64()),
-        ("is_sign_flip_exact", pa.bool_()),  # all signs were tried, not random ones
-        ("tests_disagree", pa.bool_()),  # only one of the two adjusted p-values is at most alpha
-        ("is_below_smallest_effect", pa.bool_()),  # helps or hurts, but by less than what would matter
-        ("smallest_effect", pa.float64()),
-        ("alpha", pa.float64()),
-        ("num_arms", pa.int32()),  # the family that p-values are adjusted over
-        ("num_pairs", pa.int32()),  # complete
-        ("num_planned", pa.int32()),
-        ("num_outstanding", pa.int32()),  # pairs that may still become complete; above 0 nothing is final
-        ("num_diverged", pa.int32()),  # runs of the arm; with any it cannot help
-        ("incomplete", pa.string()),  # which pairs are incomplete and why; null where none is
-        ("train_s_ratio", pa.float64()),  # arm over baseline, medians over the pairs
-        ("peak_memory_bytes_ratio", pa.float64()),
-        ("layer_cosine_mean_difference", pa.float64()),  # arm minus baseline, mean over the pairs
-        ("layer_cosine_mean_low_95", pa.float64()),
-        ("layer_cosine_mean_high_95", pa.float64()),
-        ("spearman_difference", pa.float64()),
-        ("spearman_low_95", pa.float64()),
-        ("spearman_high_95", pa.float64()),
-        ("sentence", pa.string()),
-    ]
-)
+VERDICT_COLUMNS: Columns = {
+    "study": Column(pa.string(), "name of the study"),
+    "arm": Column(pa.string(), "name of the frozen arm"),
+    "from_trial": Column(
+        pa.int32(), "trial of the search whose values the arm has; null where it has its own"
+    ),
+    "description": Column(pa.string(), "its settings, in words"),
+    "verdict": Column(pa.string(), "`helps`, `hurts`, `no_effect_that_matters` or `inconclusive`"),
+    "reason": Column(
+        pa.string(), "of `inconclusive`: `no pair`, `one pair`, `diverged` or `not shown`; else null"
+    ),
+    "primary_outcome": Column(pa.string(), "column of `trials` that is judged; lower is better"),
+    "unit": Column(pa.string(), "of the columns from `difference` to `high_90`, and of `smallest_effect`"),
+    "difference": Column(pa.float64(), "arm minus baseline, mean over the pairs", "`unit`"),
+    "spread": Column(pa.float64(), "standard deviation over the pairs; null with fewer than 2", "`unit`"),
+    "low_95": Column(pa.float64(), "lower end of the paired t interval", "`unit`"),
+    "high_95": Column(pa.float64(), "its upper end", "`unit`"),
+    "low_90": Column(
+        pa.float64(), "lower end; both inside ± `smallest_effect`: no effect that matters", "`unit`"
+    ),
+    "high_90": Column(pa.float64(), "upper end", "`unit`"),
+    "p_value": Column(pa.float64(), "paired t test, two-sided"),
+    "holm_p_value": Column(pa.float64(), "the same, adjusted over the arms by Holm's procedure; decides"),
+    "sign_flip_p_value": Column(pa.float64(), "sign-flip test, two-sided"),
+    "sign_flip_holm_p_value": Column(pa.float64(), "the same, adjusted over the arms"),
+    "is_sign_flip_exact": Column(pa.bool_(), "all signs were tried, not random ones"),
+    "tests_disagree": Column(pa.bool_(), "only one of the two adjusted p-values is at most `alpha`"),
+    "is_below_smallest_effect": Column(pa.bool_(), "helps or hurts, but by less than what would matter"),
+    "smallest_effect": Column(pa.float64(), "that would matter, as the plan froze it", "`unit`"),
+    "alpha": Column(pa.float64(), "level of the test"),
+    "num_arms": Column(pa.int32(), "the family that p-values are adjusted over"),
+    "num_pairs": Column(pa.int32(), "that are complete"),
+    "num_planned": Column(pa.int32(), "pairs of the plan"),
+    "num_outstanding": Column(pa.int32(), "pairs that may still become complete; above 0 nothing is final"),
+    "num_diverged": Column(pa.int32(), "runs of the arm; with any it cannot help"),
+    "incomplete": Column(pa.string(), "which pairs are incomplete and why; null where none is"),
+    "train_s_ratio": Column(pa.float64(), "training time, arm over baseline, medians over the pairs"),
+    "peak_memory_bytes_ratio": Column(pa.float64(), "memory, arm over baseline, medians over the pairs"),
+    "layer_cosine_mean_difference": Column(pa.float64(), "arm minus baseline, mean over the pairs"),
+    "layer_cosine_mean_low_95": Column(pa.float64(), "lower end of its paired t interval"),
+    "layer_cosine_mean_high_95": Column(pa.float64(), "upper end"),
+    "spearman_difference": Column(pa.float64(), "arm minus baseline, mean over the pairs"),
+    "spearman_low_95": Column(pa.float64(), "lower end of its paired t interval"),
+    "spearman_high_95": Column(pa.float64(), "upper end"),
+    "sentence": Column(pa.string(), "the verdict for people"),
+}
+VERDICT_SCHEMA = make_schema(VERDICT_COLUMNS)
 
-EFFECT_SCHEMA = pa.schema(
-    [
-        ("study", pa.string()),
-        ("arm", pa.string()),
-        ("metric", pa.string()),  # one of EFFECT_METRICS
-        ("unit", pa.string()),  # empty where the quantity has none
-        ("arm_mean", pa.float64()),  # over the pairs that have the metric on both sides
-        ("baseline_mean", pa.float64()),
-        ("difference", pa.float64()),  # arm minus baseline, mean over the pairs
-        ("low_95", pa.float64()),  # paired t interval, not adjusted; null with fewer than 2 pairs
-        ("high_95", pa.float64()),
-        ("num_pairs", pa.int32()),
-    ]
-)
+EFFECT_COLUMNS: Columns = {
+    "study": Column(pa.string(), "name of the study"),
+    "arm": Column(pa.string(), "name of the frozen arm"),
+    "metric": Column(pa.string(), "the primary outcome, or one of those listed below"),
+    "unit": Column(pa.string(), "of the metric; empty where it has none"),
+    "arm_mean": Column(pa.float64(), "over the pairs that have the metric on both sides", "`unit`"),
+    "baseline_mean": Column(pa.float64(), "over the same pairs", "`unit`"),
+    "difference": Column(pa.float64(), "arm minus baseline, mean over the pairs", "`unit`"),
+    "low_95": Column(
+        pa.float64(),
+        "lower end of the paired t interval, not adjusted; null with fewer than 2 pairs",
+        "`unit`",
+    ),
+    "high_95": Column(pa.float64(), "its upper end", "`unit`"),
+    "num_pairs": Column(pa.int32(), "that have the metric on both sides"),
+}
+EFFECT_SCHEMA = make_schema(EFFECT_COLUMNS)
 
 EFFECT_METRICS = (
     "test_loss",
