@@ -21,7 +21,7 @@ import plotly.offline
 import pyarrow as pa
 from pydantic import ValidationError
 
-from raydisp import analysis, verdict
+from raydisp import analysis, task_effects, verdict
 from raydisp.analysis import MEASURES, Row
 from raydisp.errors import VerdictError
 from raydisp.figures import Panel, Plot, build_panels, verdict_panel
@@ -212,7 +212,8 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
         panels=study_panels(tables, objectives),
         notes=_list_section("What else the confirm phase says", judged.notes),
         search=_list_section("The search that came before", sentences) if judged.leads else "",
-        tables=table_section(
+        tables=_benchmark_section(tables)
+        + table_section(
             "Trials",
             results_table(trials, objectives[0]),
             "Every trial of the study; a click on a header sorts by it. Losses are cross-entropy over the "
@@ -310,6 +311,48 @@ def _verdict(trials: pa.Table) -> _Verdict:
         )
     except VerdictError as error:
         return _Verdict((f"The confirm phase cannot be judged: {error}.",))
+
+
+def _benchmark_section(tables: Tables) -> str:
+    """What the confirm phase says of benchmarks, as a table; nothing where there are none."""
+    if CONFIRM not in tables.trials["phase"].to_pylist():
+        return ""
+    try:
+        rows = task_effects.benchmarks(tables.trials, tables.evals, tables.items).to_pylist()
+    except VerdictError:  # told where the verdict would be
+        return ""
+    if not rows:
+        return ""
+    heads = [head("arm"), head("benchmark"), head("metric"), head("baseline", number=True)]
+    heads += [head("difference", "arm minus baseline", number=True), head("95 % interval", "over seeds")]
+    heads += [head("standard error", "over items", number=True), head("items", number=True)]
+    heads += [head("pairs", number=True)]
+    body = []
+    for row in rows:
+        low, high = row["low_95"], row["high_95"]
+        cells = [
+            f"<td>{html.escape(row['arm'])}</td>",
+            f"<td>{html.escape(row['benchmark'])}</td>",
+            f"<td>{html.escape(row['metric'] + task_effects.direction(row))}</td>",
+            cell(analysis.format_value(row["baseline_mean"]), row["baseline_mean"], number=True),
+            cell(_signed(row["difference"]), row["difference"], number=True),
+            cell("" if low is None else f"{_signed(low)} to {_signed(high)}"),
+            cell(analysis.format_value(row["items_stderr"]), row["items_stderr"], number=True),
+            cell("" if row["num_items"] is None else f"{row['num_items']:,}", row["num_items"], number=True),
+            cell(str(row["num_pairs"]), row["num_pairs"], number=True),
+        ]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return table_section(
+        "Benchmarks",
+        f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table>",
+        "Of the models at the end of each pair of confirm runs; described and not tested. The interval is "
+        "over seeds, on these items; the standard error is over items, paired item by item and averaged over "
+        "the pairs.",
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}"
 
 
 def _list_section(title: str, sentences: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raydisp import space
@@ -23,6 +23,7 @@ from raydisp.models_config import PathModel
 from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac
+from raydisp.tasks import Checked, check, evaluated_steps
 from raydisp.warm_start import WarmStart, read_warm_starts
 
 
@@ -44,6 +45,9 @@ class StudyPlan:
     cluster: Offer | None = None
     """The cluster that was asked; None: it is this machine, or was not."""
 
+    tasks: Checked = field(default_factory=Checked)
+    """Benchmarks, as far as they could be looked at."""
+
     def needs(self, lease_id: str | None) -> Needs:
         """What every node of a cluster must have.
 
@@ -55,6 +59,7 @@ class StudyPlan:
             lease_id=lease_id,
             cache_dir=cache_folder(self.study.output),
             data_bytes=(self.corpus.num_bytes or 0) // 2,
+            uses_tasks=bool(self.study.evaluate.tasks),
         )
 
     def headline(self) -> str:
@@ -97,6 +102,7 @@ class StudyPlan:
                 ("embeddings" if index == 0 else "", text)
                 for index, text in enumerate(self._describe_embeddings())
             ],
+            *[("tasks" if index == 0 else "", text) for index, text in enumerate(self._describe_tasks())],
             ("search", self._describe_search()),
             *[("", f"{name}: {space.describe(value)}") for name, value in search.space.items()],
             *[("arms" if index == 0 else "", text) for index, text in enumerate(self._describe_arms())],
@@ -305,6 +311,17 @@ class StudyPlan:
             )
         return lines
 
+    def _describe_tasks(self) -> list[str]:
+        """What models are evaluated on besides held-out text, and when."""
+        if not self.study.evaluate.tasks:
+            return []
+        lines = [benchmark.describe() for benchmark in self.tasks.benchmarks] + [*self.tasks.unchecked]
+        if not lines:
+            return []
+        rungs = len(evaluated_steps(self.study, self.study.trial)) - 2
+        at_rungs = f", and at {_count(rungs, 'rung')} of the search" if rungs else ""
+        return [*lines, f"before and after training{at_rungs}"]
+
     def _describe_cluster(self) -> list[str]:
         """What there is, and what its autoscaler is going to start."""
         plan, offer = self.resources, self.cluster
@@ -368,14 +385,20 @@ def concurrency_warning(study: StudyConfig, concurrent: int) -> str | None:
 
 
 def make_plan(
-    study: StudyConfig, study_dir: str, address: str | None, *, retry_failed: bool = False
+    study: StudyConfig,
+    study_dir: str,
+    address: str | None,
+    *,
+    retry_failed: bool = False,
+    may_be_offline: bool = False,
 ) -> StudyPlan:
     """Check everything that can be checked without starting Ray, and plan the study.
 
     Args:
         retry_failed: trials that failed are to be run again.
+        may_be_offline: data of tasks that cannot be reached now are no error.
     Raises:
-        RaydispError: data, model or machines do not allow it.
+        RaydispError: data, model, tasks or machines do not allow it.
     """
     resources = None
     if not joins_cluster(address):
@@ -388,6 +411,8 @@ def make_plan(
     if study.confirm is not None:
         known_spread(study)  # now, and not when the search is over
     work = read_work(study, study_dir, retry_failed=retry_failed)
+    # A study that has run already needs neither the harness nor its data to be reported.
+    tasks = check(study.evaluate, may_be_offline=may_be_offline) if work.num_trials(study) else Checked()
     return StudyPlan(
         study,
         study_dir,
@@ -397,6 +422,7 @@ def make_plan(
         resources,
         read_warm_starts(study),
         forgets_head=any(_may_forget(arm.study) and _may_be_tied(arm.study) for arm in Arms(study).all),
+        tasks=tasks,
     )
 
 

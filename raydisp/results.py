@@ -1,11 +1,11 @@
 """The results on disk: column names, Arrow schemas, writing and reading.
 
-A study's folder holds four Parquet datasets, `trials`, `steps`, `evals` and `layers`; they are the truth,
-and everything else can be rebuilt from them. Files are named after what they hold, so that writing one again
-replaces it and never doubles a row:
+A study's folder holds the Parquet datasets `trials`, `steps`, `evals`, `layers` and, where models are
+evaluated on tasks, `items`; they are the truth, and everything else can be rebuilt from them. Files are named
+after what they hold, so that writing one again replaces it and never doubles a row:
 
     trials/trial-00003-attempt-1.parquet     one row
-    steps/trial-00003/until-00000050.parquet rows up to step 50 (evals and layers likewise)
+    steps/trial-00003/until-00000050.parquet rows up to step 50 (evals, layers and items likewise)
     trials/compact-2.parquet                 rows of many trials that have ended (`compaction`)
 
 A file appears only when it is whole (`storage`), so readers need no lock.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
 import re
 import sys
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydisp import parts, storage
@@ -111,11 +113,13 @@ EVAL_SCHEMA = pa.schema(
         ("attempt", pa.int32()),
         ("step", pa.int64()),  # 0 is before training
         ("num_tokens", pa.int64()),
-        ("split", pa.string()),
-        ("name", pa.string()),  # loss, perplexity, bits_per_byte, layer_cosine_mean, spearman, kendall
+        ("split", pa.string()),  # validation | test | tasks
+        # loss, perplexity, bits_per_byte, layer_cosine_mean, spearman, kendall; of tasks <task>/<metric>, as
+        # piqa/acc_norm, with the harness's filter behind a comma where the task has one
+        ("name", pa.string()),
         ("value", pa.float64()),
-        ("num_items", pa.int64()),  # predicted tokens for losses, sequences for condensation
-        ("stderr", pa.float64()),  # over sequences; null where it is not defined
+        ("num_items", pa.int64()),  # predicted tokens for losses, sequences for condensation, items of tasks
+        ("stderr", pa.float64()),  # over sequences, or items of a task; null where it is not defined
     ]
 )
 
@@ -136,7 +140,26 @@ LAYER_SCHEMA = pa.schema(
     ]
 )
 
-ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEMA}
+ITEM_SCHEMA = pa.schema(
+    [
+        ("trial", pa.int32()),
+        ("attempt", pa.int32()),
+        ("step", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("benchmark", pa.string()),  # what the study file names: a task, or the group that it belongs to
+        ("metric", pa.string()),  # of the benchmark's value: <benchmark>/<metric> in evals
+        ("higher_is_better", pa.bool_()),  # of the metric; null where the harness does not say
+        ("task", pa.string()),
+        ("item", pa.int64()),  # place in the task's data, from 0
+        # The score, whose weighted mean the metric is; of a perplexity, which is exp of the mean, nats per
+        # unit (word, byte). Null where the metric is no such mean.
+        ("value", pa.float64()),
+        ("weight", pa.float64()),  # units of the item (words, bytes); 1 where all items count alike
+        ("content", pa.int64()),  # hash of document, prompt and answer: the same where the items are
+    ]
+)
+
+ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEMA, "items": ITEM_SCHEMA}
 
 MAX_READS = 50
 """Times that a table is read anew because its files changed meanwhile."""
@@ -303,7 +326,7 @@ def _null_if_not_finite(value: Any) -> Any:
 
 
 class RowWriter:
-    """Collects the `steps`, `evals` and `layers` rows of one trial and writes them in whole files.
+    """Collects the `steps`, `evals`, `layers` and `items` rows of one trial and writes them in whole files.
 
     `flush` must come before each checkpoint is made: then no file holds rows from both sides of it, and
     resuming from it drops whole files.
@@ -319,7 +342,7 @@ class RowWriter:
             _drop_files_after(storage.join(study_dir, name, trial_name(trial)), resumed_step)
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
-        """Add a row to one of the three tables; `trial` and `attempt` are filled in."""
+        """Add a row to one of these tables; `trial` and `attempt` are filled in."""
         clean = {name: _null_if_not_finite(value) for name, value in row.items()}
         self._rows[table].append({**self._ids, **clean})
 
@@ -364,19 +387,44 @@ class Tables:
     steps: pa.Table
     evals: pa.Table
     layers: pa.Table
+    items: pa.Table = dataclasses.field(default_factory=ITEM_SCHEMA.empty_table)
+    """Of the runs of the confirm phase alone, as they ended: those of a large search are many."""
 
 
 def read_tables(study_dir: str) -> Tables:
-    """Read a study's four datasets; a table without a file yet is empty.
+    """Read a study's datasets; a table without a file yet is empty.
 
     A file that is not whole, or not ours, is named in a warning and left out.
     """
     attempts = read_table(study_dir, "trials")
+    trials = latest_attempts(attempts)
     return Tables(
-        trials=latest_attempts(attempts),
+        trials=trials,
         attempts=attempts,
-        **{name: read_table(study_dir, name) for name in ROW_SCHEMAS},
+        **{name: read_table(study_dir, name) for name in ROW_SCHEMAS if name != "items"},
+        items=read_final_items(study_dir, trials),
     )
+
+
+def read_final_items(study_dir: str, trials: pa.Table, *, strict: bool = False) -> pa.Table:
+    """The rows of `items` of the confirm phase's runs, of the last step of each.
+
+    Args:
+        trials: the latest attempt of each trial.
+        strict: as `read_table` has it.
+    """
+    found = [ITEM_SCHEMA.empty_table()]
+    for row in trials.select(["trial", "phase", "num_steps", "config_json"]).to_pylist():
+        if row["phase"] == "confirm" and row["num_steps"] and _names_tasks(row["config_json"]):
+            items = read_table(study_dir, "items", trial=row["trial"], strict=strict)
+            found.append(items.filter(pc.equal(items["step"], row["num_steps"])))
+    return pa.concat_tables(found)
+
+
+def _names_tasks(config_json: str | None) -> bool:
+    """Whether a trial is evaluated on tasks, by its settings."""
+    settings = json.loads(config_json or "{}").get("evaluate") or {}
+    return bool(settings.get("tasks"))
 
 
 def read_table(study_dir: str, name: str, *, trial: int | None = None, strict: bool = False) -> pa.Table:

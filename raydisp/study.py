@@ -143,7 +143,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> StudyPlan:
-    return make_plan(study, study_dir, arguments.address, retry_failed=arguments.retry_failed)
+    return make_plan(
+        study,
+        study_dir,
+        arguments.address,
+        retry_failed=arguments.retry_failed,
+        may_be_offline=arguments.dry_run,
+    )
 
 
 def _on_its_cluster(plan: StudyPlan, arguments: argparse.Namespace) -> StudyPlan:
@@ -315,7 +321,7 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
         notes: what is said first.
         failed: whether the study did not come to its end.
     """
-    from raydisp import analysis, verdict
+    from raydisp import analysis, task_effects, verdict
     from raydisp.report import build_report
 
     tables = results.read_tables(study_dir)
@@ -328,7 +334,9 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
     if judged:
         try:
             verdict.write_verdicts(study_dir, tables.trials)
-            told = verdict.sentences(tables.trials)
+            benchmarks = task_effects.benchmarks(tables.trials, tables.evals, tables.items)
+            task_effects.write(study_dir, benchmarks)
+            told = (*verdict.sentences(tables.trials), *task_effects.sentences(benchmarks))
         except VerdictError as error:
             told = (f"The confirm phase cannot be judged: {error}.",)
     report = build_report(study_dir)

@@ -423,6 +423,11 @@ def train_share(
     )
     first_step_at: list[float] = []
     notes: list[str] = []
+    benchmarks = None
+    if trial.evaluate.tasks:
+        from raydisp import task_runs
+
+        benchmarks = task_runs.of_trial(study, trial, folder, at_rungs=not confirms, notes=notes)
     result = train(
         model,
         data.TokenBlocks(folder, "train"),
@@ -437,6 +442,7 @@ def train_share(
         must_stop=_must_stop(assignment) if layout.is_main else None,
         interruption=interruption,
         test_blocks=data.TokenBlocks(folder, "test") if confirms else None,
+        benchmarks=benchmarks,
         on_end=_keep_model(assignment, trial, folder, layout, notes) if assignment.keep_model else None,
     )
     return {
