@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from raydisp import analysis, task_effects, verdict
 from raydisp.analysis import MEASURES, Row
 from raydisp.errors import VerdictError
-from raydisp.figures import Panel, Plot, build_panels, verdict_panel
+from raydisp.figures import Panel, Plot, benchmark_panel, build_panels, verdict_panel
 from raydisp.figures.interactive import draw
 from raydisp.figures.style import DARK_COLOURS
 from raydisp.frozen_plan import CONFIRM
@@ -212,7 +212,7 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
         panels=study_panels(tables, objectives),
         notes=_list_section("What else the confirm phase says", judged.notes),
         search=_list_section("The search that came before", sentences) if judged.leads else "",
-        tables=_benchmark_section(tables)
+        tables=_benchmark_section(_benchmarks(tables))
         + table_section(
             "Trials",
             results_table(trials, objectives[0]),
@@ -226,7 +226,12 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
 def study_panels(tables: Tables, objectives: Sequence[Objective]) -> list[Panel]:
     """All figures of a study, the verdict's first."""
     lean = dataclasses.replace(tables, trials=analysis.without_large_texts(tables.trials))
-    return [*_verdict(tables.trials).panels, *build_panels(lean, objectives)]
+    compared = benchmark_panel(_benchmarks(tables))
+    return [
+        *_verdict(tables.trials).panels,
+        *([compared] if compared is not None else []),
+        *build_panels(lean, objectives),
+    ]
 
 
 def study_name(trials: pa.Table, study: Mapping[str, Any]) -> str:
@@ -313,14 +318,20 @@ def _verdict(trials: pa.Table) -> _Verdict:
         return _Verdict((f"The confirm phase cannot be judged: {error}.",))
 
 
-def _benchmark_section(tables: Tables) -> str:
-    """What the confirm phase says of benchmarks, as a table; nothing where there are none."""
-    if CONFIRM not in tables.trials["phase"].to_pylist():
-        return ""
+def _benchmarks(tables: Tables) -> list[Row]:
+    """Rows of `task_effects.benchmarks`; none where the confirm phase has none, or cannot be judged."""
+    if tables.items.num_rows == 0:
+        return []
     try:
-        rows = task_effects.benchmarks(tables.trials, tables.evals, tables.items).to_pylist()
+        table = task_effects.benchmarks(tables.trials, tables.evals, tables.items)
     except VerdictError:  # told where the verdict would be
-        return ""
+        return []
+    rows: list[Row] = table.to_pylist()
+    return rows
+
+
+def _benchmark_section(rows: Sequence[Row]) -> str:
+    """What the confirm phase says of benchmarks, as a table; nothing where there are none."""
     if not rows:
         return ""
     heads = [head("arm"), head("benchmark"), head("metric"), head("baseline", number=True)]
@@ -343,7 +354,7 @@ def _benchmark_section(tables: Tables) -> str:
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return table_section(
-        "Benchmarks",
+        "Benchmarks in numbers",
         f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table>",
         "Of the models at the end of each pair of confirm runs; described and not tested. The interval is "
         "over seeds, on these items; the standard error is over items, paired item by item and averaged over "

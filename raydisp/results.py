@@ -423,8 +423,10 @@ def read_final_items(study_dir: str, trials: pa.Table, *, strict: bool = False) 
 
 def _names_tasks(config_json: str | None) -> bool:
     """Whether a trial is evaluated on tasks, by its settings."""
-    settings = json.loads(config_json or "{}").get("evaluate") or {}
-    return bool(settings.get("tasks"))
+    try:
+        return bool(json.loads(config_json or "{}")["evaluate"]["tasks"])
+    except (ValueError, TypeError, KeyError):  # written before there were tasks
+        return False
 
 
 def read_table(study_dir: str, name: str, *, trial: int | None = None, strict: bool = False) -> pa.Table:
