@@ -259,7 +259,7 @@ def _run_trials(
 
         node_checks.refuse_unfit_nodes(plan.needs(held.id))
         launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
-        launch = dataclasses.replace(launch, lease=held.id)
+        launch = dataclasses.replace(launch, lease=held.id, task_folders=plan.tasks.folders)
         refuse_other_content(launch, plan.work.search)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())

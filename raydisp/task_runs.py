@@ -95,13 +95,20 @@ class TaskRuns:
 
 
 def of_trial(
-    study: StudyConfig, trial: TrialConfig, prepared: str, *, at_rungs: bool, notes: list[str]
+    study: StudyConfig,
+    trial: TrialConfig,
+    prepared: str,
+    *,
+    at_rungs: bool,
+    known: Sequence[str],
+    notes: list[str],
 ) -> TaskRuns:
     """The tasks of a trial: before training, at the scheduler's rungs, and after it.
 
     Args:
         prepared: folder of the trial's token blocks, with its tokenizer.
         at_rungs: False: not in between.
+        known: `folders` of `raydisp.tasks.check` where the study was started.
         notes: gets what a reader of the trial's row should know.
     Raises:
         ConfigError: as `raydisp.tasks.load`.
@@ -109,7 +116,7 @@ def of_trial(
     from raydisp.data import load_prepared_tokenizer
 
     return TaskRuns(
-        load(trial.evaluate),
+        load(trial.evaluate, known),
         load_prepared_tokenizer(prepared),
         evaluated_steps(study, trial, at_rungs=at_rungs),
         notes,

@@ -78,12 +78,15 @@ class Checked:
     benchmarks: tuple[Benchmark, ...] = ()
     unchecked: tuple[str, ...] = ()
     """Sentences: what could not be reached, and so is not checked yet."""
+    folders: tuple[str, ...] = ()
+    """Those of the harness's own tasks that these are in, relative to all of them: `load` looks no further."""
 
 
-def check(settings: EvaluateConfig, *, may_be_offline: bool = False) -> Checked:
+def check(settings: EvaluateConfig, *, may_be_offline: bool = False, known: Sequence[str] = ()) -> Checked:
     """Load all tasks, to find out what is wrong with them.
 
     Args:
+        known: `Checked.folders` of an earlier look at the same tasks.
         may_be_offline: data that the hub does not give now, and the local cache lacks, is no error.
     Raises:
         ConfigError: the harness is not installed, or as `load`.
@@ -93,10 +96,13 @@ def check(settings: EvaluateConfig, *, may_be_offline: bool = False) -> Checked:
     check_installed()
     found: list[Benchmark] = []
     unchecked: list[str] = []
+    folders: set[str] = set()
     with quiet(), _hub_asked_once(settings) as online:
         for index, task in enumerate(settings.tasks):
+            manager = _manager_for(settings, index, task, known)
+            folders |= _folders_of(manager, task.name)
             try:
-                found += _load_one(settings, index, task)
+                found += _load_one(manager, index, task)
             except ConfigError as error:
                 if online or not may_be_offline or not _is_about_data(error):
                     raise
@@ -105,22 +111,24 @@ def check(settings: EvaluateConfig, *, may_be_offline: bool = False) -> Checked:
                     "its data"
                 )
     _refuse_doubles(found)
-    return Checked(tuple(found), tuple(unchecked))
+    return Checked(tuple(found), tuple(unchecked), tuple(sorted(folders)))
 
 
-def load(settings: EvaluateConfig) -> tuple[Benchmark, ...]:
+def load(settings: EvaluateConfig, known: Sequence[str] = ()) -> tuple[Benchmark, ...]:
     """The tasks of a study, ready to run; loaded once in a process.
 
+    Args:
+        known: as `check` has it.
     Raises:
         ConfigError: there is no such task, its data cannot be read, it has no such metric, or it is one that
             raydisp does not run.
     """
-    return _load(settings.model_dump_json(include={"tasks", "task_paths"}))
+    return _load(settings.model_dump_json(include={"tasks", "task_paths"}), tuple(known))
 
 
 @functools.lru_cache(maxsize=1)
-def _load(settings_json: str) -> tuple[Benchmark, ...]:
-    return check(EvaluateConfig.model_validate_json(settings_json)).benchmarks
+def _load(settings_json: str, known: tuple[str, ...]) -> tuple[Benchmark, ...]:
+    return check(EvaluateConfig.model_validate_json(settings_json), known=known).benchmarks
 
 
 def evaluated_steps(study: StudyConfig, trial: TrialConfig, *, at_rungs: bool = True) -> set[int]:
@@ -134,9 +142,12 @@ def evaluated_steps(study: StudyConfig, trial: TrialConfig, *, at_rungs: bool = 
 # --- one entry of the file ------------------------------------------------------------------------------
 
 
-def _load_one(settings: EvaluateConfig, index: int, task: Task) -> list[Benchmark]:
-    where = f'evaluate.tasks[{index}] = "{task.name}"'
-    manager = _manager_for(settings, task.name, where)
+def _where(index: int, task: Task) -> str:
+    return f'evaluate.tasks[{index}] = "{task.name}"'
+
+
+def _load_one(manager: Any, index: int, task: Task) -> list[Benchmark]:
+    where = _where(index, task)
     try:
         loaded = manager.load([task.name])
     # Whatever a task's file, its functions and its data come to, the study cannot start with it.
@@ -226,8 +237,13 @@ def _refuse_doubles(benchmarks: Sequence[Benchmark]) -> None:
 # --- where tasks are found --------------------------------------------------------------------------------
 
 
-def _manager_for(settings: EvaluateConfig, name: str, where: str) -> Any:
-    """A TaskManager that knows the task."""
+def _manager_for(settings: EvaluateConfig, index: int, task: Task, known: Sequence[str]) -> Any:
+    """A TaskManager that knows the task.
+
+    Args:
+        known: as `check` has it.
+    """
+    name = task.name
     for path in settings.task_paths:
         if not Path(path).is_dir():
             raise ConfigError(
@@ -236,15 +252,21 @@ def _manager_for(settings: EvaluateConfig, name: str, where: str) -> Any:
             )
     folders = tuple(str(Path(path).absolute()) for path in settings.task_paths)
     own = _manager(folders, include_defaults=False) if folders else None
-    # Reading the harness's own files, some fourteen thousand, takes seconds.
-    if own is not None and name in own.task_index and _knows_its_members(own, name):
-        return own
+    # Reading all of the harness's own files, some fourteen thousand, takes ten seconds and more.
+    few = [own] if own is not None else []
+    if known:
+        # Of two tasks of a name the first in the order of folders counts there, and the last here.
+        harness = [str(_harness_tasks() / folder) for folder in sorted(known, reverse=True)]
+        few.append(_manager((*harness, *folders), include_defaults=False))
+    for manager in few:
+        if name in manager.task_index and _knows_its_members(manager, name):
+            return manager
     manager = _manager(folders, include_defaults=True)
     if name not in manager.task_index:
         also = f" or in the YAML files of {', '.join(settings.task_paths)}" if folders else ""
         near = suggest(name, [*(own.task_index if own is not None else ()), *manager.task_index])
         raise ConfigError(
-            f"{where} is not a task, tag or group of lm-evaluation-harness {_harness_version()}{also}; "
+            f"{_where(index, task)} is not a task, tag or group of lm-evaluation-harness {_harness_version()}{also}; "
             f"`lm-eval ls tasks` lists them.{near}"
         )
     return manager
@@ -258,15 +280,43 @@ def _manager(folders: tuple[str, ...], *, include_defaults: bool) -> Any:
 
 
 def _knows_its_members(manager: Any, name: str) -> bool:
-    """Whether what a group names is there too: it may be made of the harness's tasks."""
-    members = (manager.task_index[name].cfg or {}).get("task")
-    if not isinstance(members, list):
-        return True
-    names = [member if isinstance(member, str) else member.get("task") for member in members]
+    """Whether what a group names is there too: it may be made of tasks that are elsewhere."""
     return all(
-        isinstance(one, str) and one in manager.task_index and _knows_its_members(manager, one)
-        for one in names
+        one in manager.task_index and _knows_its_members(manager, one)
+        for one in _members(manager.task_index[name])
     )
+
+
+def _members(entry: Any) -> list[str]:
+    """Names that an entry of the harness's index stands for; [] for a task itself."""
+    return [*entry.tags] if entry.kind.name == "TAG" else _named_in((entry.cfg or {}).get("task"))
+
+
+def _named_in(members: Any) -> list[str]:
+    """Names in the list of a group, those of groups within it included."""
+    names = []
+    for member in members if isinstance(members, list) else []:
+        inner = member.get("task", member.get("group")) if isinstance(member, dict) else member
+        names += _named_in(inner) if isinstance(inner, list) else [inner]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _folders_of(manager: Any, name: str) -> set[str]:
+    """Folders, relative to the harness's tasks, of an entry and all that it is made of; your own are left out."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return set()
+    found = set().union(*(_folders_of(manager, one) for one in _members(entry)))
+    if entry.yaml_path is not None and entry.yaml_path.is_relative_to(_harness_tasks()):
+        found.add(str(entry.yaml_path.parent.relative_to(_harness_tasks())))
+    return found
+
+
+def _harness_tasks() -> Path:
+    """Folder of all tasks that come with the harness."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
 
 
 def _harness_version() -> str:

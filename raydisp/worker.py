@@ -15,7 +15,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -81,6 +81,8 @@ class Assignment:
     """Whether the weights are kept when the trial has completed."""
     code_sha256: str | None = None
     """Of the code on the node where the study was started; None: it is not looked at."""
+    task_folders: Sequence[str] = ()
+    """Of the harness's own tasks, where those of the study are."""
 
     @property
     def name(self) -> str:
@@ -427,7 +429,8 @@ def train_share(
     if trial.evaluate.tasks:
         from raydisp import task_runs
 
-        benchmarks = task_runs.of_trial(study, trial, folder, at_rungs=not confirms, notes=notes)
+        known = assignment.task_folders
+        benchmarks = task_runs.of_trial(study, trial, folder, at_rungs=not confirms, known=known, notes=notes)
     result = train(
         model,
         data.TokenBlocks(folder, "train"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -94,10 +95,13 @@ def measured(rows: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
 def write(folder: Path, rows: list[dict[str, Any]], items: pa.Table | None = None) -> str:
     """A results folder with its benchmarks."""
     place = str(folder)
-    tables = dict(zip(("evals", "items"), measured(rows), strict=True))
-    tables |= {"trials": trial_table(rows)} | ({} if items is None else {"items": items})
-    for name, table in tables.items():
+    evals, found = measured(rows)
+    found = found if items is None else items
+    for name, table in (("trials", trial_table(rows)), ("evals", evals)):
         results.write_table(storage.join(place, name, "all.parquet"), table)
+    for trial in found["trial"].unique().to_pylist():
+        file = storage.join(place, "items", results.trial_name(trial), "until-00000050.parquet")
+        results.write_table(file, found.filter(pc.equal(found["trial"], trial)))
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
     return place
 
@@ -109,7 +113,7 @@ def effects(
     evals, found = measured(rows)
     final = found if items is None else items
     trials = trial_table(rows)
-    ended = final.filter(pa.compute.greater(final["step"], 0))
+    ended = final.filter(pc.greater(final["step"], 0))
     table = task_effects.benchmarks(trials, evals, ended)
     assert table.schema == task_effects.BENCHMARK_SCHEMA
     return {(row["arm"], row["benchmark"]): row for row in table.to_pylist()}
@@ -214,7 +218,7 @@ def test_without_benchmarks_there_is_nothing_to_say() -> None:
 def test_the_sentences() -> None:
     rows = confirmed()
     evals, items = measured(rows)
-    final = items.filter(pa.compute.greater(items["step"], 0))
+    final = items.filter(pc.greater(items["step"], 0))
     first, best, noisy = task_effects.sentences(task_effects.benchmarks(trial_table(rows), evals, final))
     assert first.startswith("Benchmarks, arm minus baseline, described and not tested")
     row = effects(rows)["best", QUIZ]
