@@ -147,14 +147,21 @@ EVALS: Columns = {
     "attempt": _ATTEMPT,
     "step": Column(pa.int64(), "steps done: 0 is before training", "steps"),
     "num_tokens": _NUM_TOKENS,
-    "split": Column(pa.string(), "`validation` or `test`"),
+    "split": Column(pa.string(), "`validation`, `test`, or `tasks` for benchmarks"),
     "name": Column(
-        pa.string(), "`loss`, `perplexity`, `bits_per_byte`, `layer_cosine_mean`, `spearman` or `kendall`"
+        pa.string(),
+        "`loss`, `perplexity`, `bits_per_byte`, `layer_cosine_mean`, `spearman` or `kendall`; of benchmarks "
+        "`<task>/<metric>`, as `piqa/acc_norm`, with the harness's filter behind a comma where the task has "
+        "one",
     ),
     "value": Column(pa.float64(), "of the measure", "the measure's"),
-    "num_items": Column(pa.int64(), "predicted tokens for losses, sequences for condensation"),
+    "num_items": Column(
+        pa.int64(), "predicted tokens for losses, sequences for condensation, items of a benchmark"
+    ),
     "stderr": Column(
-        pa.float64(), "standard error over sequences; null where it is not defined", "the measure's"
+        pa.float64(),
+        "standard error over sequences, or items of a benchmark; null where it is not defined",
+        "the measure's",
     ),
 }
 
@@ -178,4 +185,24 @@ LAYERS: Columns = {
         "min(tokens, features); mean over sequences",
     ),
     "histogram": Column(pa.list_(pa.int64()), "counts of the cosines in 128 equal bins on [-1, 1]", "pairs"),
+}
+
+ITEMS: Columns = {
+    "trial": _TRIAL,
+    "attempt": _ATTEMPT,
+    "step": Column(pa.int64(), "steps done: 0 is before training", "steps"),
+    "num_tokens": _NUM_TOKENS,
+    "benchmark": Column(pa.string(), "what the study file names: a task, or the group that it belongs to"),
+    "metric": Column(pa.string(), "of the benchmark's value: `<benchmark>/<metric>` in `evals`"),
+    "higher_is_better": Column(pa.bool_(), "of the metric; null where the harness does not say"),
+    "task": Column(pa.string(), "of the harness"),
+    "item": Column(pa.int64(), "place in the task's data, from 0"),
+    "value": Column(
+        pa.float64(),
+        "score, whose weighted mean the metric is; of a perplexity, which is exp of the mean, nats per unit "
+        "(word, byte); null where the metric is no such mean",
+        "the metric's",
+    ),
+    "weight": Column(pa.float64(), "units of the item (words, bytes); 1 where all items count alike"),
+    "content": Column(pa.int64(), "hash of document, prompt and answer: the same where the items are"),
 }

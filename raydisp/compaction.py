@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_COMPACT_BYTES = 256 << 20
 """A compact file of this size is left alone; the next one is begun."""
 
-ROW_GROUP_SIZE = {"trials": 2048, "steps": 65536, "evals": 65536, "layers": 8192}
+ROW_GROUP_SIZE = {"trials": 2048, "steps": 65536, "evals": 65536, "layers": 8192, "items": 65536}
 """Rows of a group: some MB, and few enough that one trial's rows are found without decoding everything."""
 
 FINAL_STATUSES = ("completed", "pruned", "diverged")

@@ -21,6 +21,8 @@ from raydisp.models_config import ModelConfig, ScratchModel
 from raydisp.resources_config import FailuresConfig, ResourcesConfig
 from raydisp.search_config import SearchConfig
 from raydisp.section import Int, Section, Seed, Tokens
+from raydisp.tasks_config import NamedTask
+from raydisp.tasks_config import named_twice as task_named_twice
 from raydisp.trackers_config import Trackers, named_twice
 from raydisp.train_config import (
     EFFORT_FIELDS,
@@ -66,6 +68,24 @@ class EvaluateConfig(Section):
     max_tokens: Annotated[
         Tokens | None, Field(description="of each evaluation but the last; null: the whole split")
     ] = 8192
+    tasks: Annotated[
+        list[NamedTask],
+        Field(
+            description="benchmarks of lm-evaluation-harness, by name or with settings: before training, at "
+            "the scheduler's rungs, and at the end"
+        ),
+    ] = Field(default=[])
+    task_paths: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(description="folders of your own YAML tasks; theirs go before the harness's of the same name"),
+    ] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _each_task_once(self) -> EvaluateConfig:
+        twice = task_named_twice(self.tasks)
+        if twice is not None:
+            raise ValueError(f"evaluate.tasks names {twice} twice; keep one of them")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -46,6 +46,8 @@ class Launch:
     """Of the results folder; a trial that finds another one there stops."""
     code_sha256: str | None = None
     """Of the code, which all nodes must have; None: it is not looked at."""
+    task_folders: tuple[str, ...] = ()
+    """Of lm-evaluation-harness's own tasks, where those of the study are."""
 
     def assign(
         self,
@@ -86,6 +88,7 @@ class Launch:
             confirm_json=confirm_json,
             keep_model=keep_model,
             code_sha256=self.code_sha256,
+            task_folders=self.task_folders,
         )
 
 

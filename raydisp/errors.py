@@ -81,6 +81,10 @@ class OutOfMemoryError(Exception):
         )
 
 
+class TaskError(Exception):
+    """A benchmark could not be evaluated; its text says which, and why."""
+
+
 class PreemptedError(Exception):
     """The machine is about to be taken away; a checkpoint of the step has been saved, if there are any."""
 

@@ -230,6 +230,8 @@ def _alternatives(schema: Schema, links: Mapping[str, str]) -> list[str]:
         return ["`true`", "`false`"]
     if kind == "array":
         return [f"list{_length(schema)} of {_several(schema['items'], links)}"]
+    if kind == "object" and "properties" in schema:
+        return ["mapping of its fields"]
     if kind == "object":
         return [f"mapping of names to {_several(schema['additionalProperties'], links)}"]
     return [_TYPES[kind] + _bounds(schema)]

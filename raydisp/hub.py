@@ -111,6 +111,23 @@ def resolve(
     return Commit(info.sha, online=True, snapshot=_in_cache(repo_id, info.sha, repo_type))
 
 
+def answers() -> bool:
+    """Whether the hub answers just now, whatever it says; known within `ANSWER_TIMEOUT_S`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hf_errors
+
+    try:
+        _within(
+            ANSWER_TIMEOUT_S,
+            lambda: HfApi().repo_info("EleutherAI/lambada_openai", repo_type="dataset", timeout=5.0),
+        )
+    except (hf_errors.RepositoryNotFoundError, hf_errors.GatedRepoError):
+        return True
+    except Exception:
+        return False
+    return True
+
+
 def one_line(problem: BaseException) -> str:
     """The first line of a library's message, at most 200 characters, without a full stop at its end."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]

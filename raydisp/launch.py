@@ -48,7 +48,7 @@ def prepare_launch(
         prepared=prepared,
         model_revision=revision,
         code_version=code_version(),
-        packages=package_versions(),
+        packages=package_versions(tasks=bool(study.evaluate.tasks)),
         plan=plan,
         data_sha256=read_meta(prepared)["data_sha256"],
         # On a machine of one's own the code is that of the moment, whoever edits it.

@@ -24,7 +24,7 @@ import raydisp
 from raydisp import storage
 from raydisp.errors import NodeError, OutputError
 from raydisp.lease import still_held
-from raydisp.versions import package_versions
+from raydisp.versions import OF_TASKS, package_versions
 
 CHECK_TIMEOUT_S = 120.0
 """How long a node may take to answer: a process has to start there."""
@@ -51,6 +51,8 @@ class Needs:
     """Where a node keeps token blocks."""
     data_bytes: int
     """What those of the study take, about."""
+    uses_tasks: bool = False
+    """Whether models are evaluated on tasks, for which every node needs the harness."""
 
 
 @functools.cache
@@ -76,7 +78,7 @@ def look_around(needs: dict[str, Any]) -> dict[str, Any]:
     """
     seen: dict[str, Any] = {
         "host": socket.gethostname(),
-        "packages": package_versions(),
+        "packages": package_versions(tasks=True),
         "code_sha256": code_sha256(),
         "shared_memory": _size(SHARED_MEMORY),
         "free": {},
@@ -139,7 +141,12 @@ def problems(seen: Mapping[str, Any], wanted: Mapping[str, Any], needs: Needs) -
         seen: what the node's `look_around` said.
         wanted: what that of this process says.
     """
-    found = differing_versions(seen["packages"], wanted["packages"])
+    used = {
+        name: version
+        for name, version in wanted["packages"].items()
+        if needs.uses_tasks or name not in OF_TASKS
+    }
+    found = differing_versions(seen["packages"], used)
     if not found and seen["code_sha256"] != wanted["code_sha256"]:
         found.append(
             "has other code of raydisp than this node, although it calls itself the same version: bring it "
@@ -278,7 +285,7 @@ def _short(error: BaseException) -> str:
 
 @functools.cache
 def _here() -> dict[str, str]:
-    return package_versions()
+    return package_versions(tasks=True)
 
 
 def refuse_other_versions(wanted: Mapping[str, str], code: str | None) -> None:

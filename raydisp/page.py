@@ -21,10 +21,10 @@ import plotly.offline
 import pyarrow as pa
 from pydantic import ValidationError
 
-from raydisp import analysis, verdict
+from raydisp import analysis, task_effects, verdict
 from raydisp.analysis import MEASURES, Row
 from raydisp.errors import VerdictError
-from raydisp.figures import Panel, Plot, build_panels, verdict_panel
+from raydisp.figures import Panel, Plot, benchmark_panel, build_panels, verdict_panel
 from raydisp.figures.interactive import draw
 from raydisp.figures.style import DARK_COLOURS
 from raydisp.frozen_plan import CONFIRM
@@ -212,7 +212,8 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
         panels=study_panels(tables, objectives),
         notes=_list_section("What else the confirm phase says", judged.notes),
         search=_list_section("The search that came before", sentences) if judged.leads else "",
-        tables=table_section(
+        tables=_benchmark_section(_benchmarks(tables))
+        + table_section(
             "Trials",
             results_table(trials, objectives[0]),
             "Every trial of the study; a click on a header sorts by it. Losses are cross-entropy over the "
@@ -225,7 +226,12 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
 def study_panels(tables: Tables, objectives: Sequence[Objective]) -> list[Panel]:
     """All figures of a study, the verdict's first."""
     lean = dataclasses.replace(tables, trials=analysis.without_large_texts(tables.trials))
-    return [*_verdict(tables.trials).panels, *build_panels(lean, objectives)]
+    compared = benchmark_panel(_benchmarks(tables))
+    return [
+        *_verdict(tables.trials).panels,
+        *([compared] if compared is not None else []),
+        *build_panels(lean, objectives),
+    ]
 
 
 def study_name(trials: pa.Table, study: Mapping[str, Any]) -> str:
@@ -310,6 +316,54 @@ def _verdict(trials: pa.Table) -> _Verdict:
         )
     except VerdictError as error:
         return _Verdict((f"The confirm phase cannot be judged: {error}.",))
+
+
+def _benchmarks(tables: Tables) -> list[Row]:
+    """Rows of `task_effects.benchmarks`; none where the confirm phase has none, or cannot be judged."""
+    if tables.items.num_rows == 0:
+        return []
+    try:
+        table = task_effects.benchmarks(tables.trials, tables.evals, tables.items)
+    except VerdictError:  # told where the verdict would be
+        return []
+    rows: list[Row] = table.to_pylist()
+    return rows
+
+
+def _benchmark_section(rows: Sequence[Row]) -> str:
+    """What the confirm phase says of benchmarks, as a table; nothing where there are none."""
+    if not rows:
+        return ""
+    heads = [head("arm"), head("benchmark"), head("metric"), head("baseline", number=True)]
+    heads += [head("difference", "arm minus baseline", number=True), head("95 % interval", "over seeds")]
+    heads += [head("standard error", "over items", number=True), head("items", number=True)]
+    heads += [head("pairs", number=True)]
+    body = []
+    for row in rows:
+        low, high = row["low_95"], row["high_95"]
+        cells = [
+            f"<td>{html.escape(row['arm'])}</td>",
+            f"<td>{html.escape(row['benchmark'])}</td>",
+            f"<td>{html.escape(row['metric'] + task_effects.direction(row))}</td>",
+            cell(analysis.format_value(row["baseline_mean"]), row["baseline_mean"], number=True),
+            cell(_signed(row["difference"]), row["difference"], number=True),
+            cell("" if low is None else f"{_signed(low)} to {_signed(high)}"),
+            cell(analysis.format_value(row["items_stderr"]), row["items_stderr"], number=True),
+            cell("" if row["num_items"] is None else f"{row['num_items']:,}", row["num_items"], number=True),
+            cell(str(row["num_pairs"]), row["num_pairs"], number=True),
+        ]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return table_section(
+        "Benchmarks in numbers",
+        f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table>",
+        "Of the models at the end of each pair of confirm runs; described and not tested. The interval is "
+        "over seeds, on these items; the standard error is over items, paired item by item and averaged over "
+        "the pairs.",
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}"
 
 
 def _list_section(title: str, sentences: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from raydisp import space
@@ -24,6 +24,7 @@ from raydisp.models_config import PathModel
 from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac, full_tokens
+from raydisp.tasks import Checked, check, evaluated_steps
 from raydisp.trial_words import (
     count,
     describe_dispersion,
@@ -61,6 +62,8 @@ class StudyPlan:
 
     unchecked: tuple[str, ...] = ()
     """What could not be looked at, and why: a plan with any is only for reading."""
+    tasks: Checked = field(default_factory=Checked)
+    """Benchmarks, as far as they could be looked at."""
 
     def needs(self, lease_id: str | None) -> Needs:
         """What every node of a cluster must have.
@@ -73,6 +76,7 @@ class StudyPlan:
             lease_id=lease_id,
             cache_dir=cache_folder(self.study.output),
             data_bytes=self._corpus_bytes // 2,
+            uses_tasks=bool(self.study.evaluate.tasks),
         )
 
     @property
@@ -121,6 +125,7 @@ class StudyPlan:
                 ("embeddings" if index == 0 else "", text)
                 for index, text in enumerate(describe_embeddings(study))
             ],
+            *[("tasks" if index == 0 else "", text) for index, text in enumerate(self._describe_tasks())],
             ("search", self._describe_search()),
             *[("", f"{name}: {space.describe(value)}") for name, value in search.space.items()],
             *[("arms" if index == 0 else "", text) for index, text in enumerate(self._describe_arms())],
@@ -300,6 +305,17 @@ class StudyPlan:
         total = to_run * self._tokens_per_trial
         return f"{text}; {total:,} training tokens to come"
 
+    def _describe_tasks(self) -> list[str]:
+        """What models are evaluated on besides held-out text, and when."""
+        if not self.study.evaluate.tasks:
+            return []
+        lines = [benchmark.describe() for benchmark in self.tasks.benchmarks] + [*self.tasks.unchecked]
+        if not lines:
+            return []
+        rungs = len(evaluated_steps(self.study, self.study.trial)) - 2
+        at_rungs = f", and at {count(rungs, 'rung')} of the search" if rungs else ""
+        return [*lines, f"before and after training{at_rungs}"]
+
     def _describe_cluster(self) -> list[str]:
         """What there is, and what its autoscaler is going to start."""
         plan, offer = self.resources, self.cluster
@@ -376,9 +392,10 @@ def make_plan(
 
     Args:
         retry_failed: trials that failed are to be run again.
-        bear_unreachable: plan without what only the hub knows, where it does not answer.
+        bear_unreachable: plan without what only the hub knows (model, data, data of tasks), where it does
+            not answer.
     Raises:
-        RaydispError: data, model or machines do not allow it.
+        RaydispError: data, model, tasks or machines do not allow it.
     """
     resources = None
     if not joins_cluster(address):
@@ -403,6 +420,8 @@ def make_plan(
     if study.confirm is not None:
         known_spread(study)  # now, and not when the search is over
     work = read_work(study, study_dir, retry_failed=retry_failed)
+    # A study that has run already needs neither the harness nor its data to be reported.
+    tasks = check(study.evaluate, may_be_offline=bear_unreachable) if work.num_trials(study) else Checked()
     return StudyPlan(
         study,
         study_dir,
@@ -414,6 +433,7 @@ def make_plan(
         forgets_head=model is not None
         and any(_may_forget(arm.study) and _may_be_tied(arm.study) for arm in Arms(study).all),
         unchecked=tuple(unchecked),
+        tasks=tasks,
     )
 
 

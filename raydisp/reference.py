@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from raydisp import columns, measure_tables, studyfile, verdict
+from raydisp import columns, measure_tables, studyfile, task_effects, train_config, verdict
 from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR
 from raydisp.field_reference import Entry, Group, anchor, groups
 
@@ -150,7 +150,7 @@ def _field_table(entries: Sequence[Entry], told: set[str]) -> str:
 def _may_change() -> str:
     whole = ", ".join(f"`{name}`" for name in studyfile.EFFORT)
     search = ", ".join(f"`search.{name}`" for name in studyfile.LENGTH_FIELDS)
-    train = ", ".join(f"`train.{name}`" for name in studyfile.EFFORT_FIELDS)
+    train = ", ".join(f"`train.{name}`" for name in train_config.EFFORT_FIELDS)
     return f"- the sections {whole}\n- {search}\n- {train}\n- `confirm`, until its plan is frozen"
 
 
@@ -161,9 +161,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "steps": lambda: _column_table(columns.STEPS),
     "evals": lambda: _column_table(columns.EVALS),
     "layers": lambda: _column_table(columns.LAYERS),
+    "items": lambda: _column_table(columns.ITEMS),
     "verdicts": lambda: _column_table(verdict.VERDICT_COLUMNS),
     "effects": lambda: _column_table(verdict.EFFECT_COLUMNS),
     "effect metrics": _effect_metrics,
+    "benchmarks": lambda: _column_table(task_effects.BENCHMARK_COLUMNS),
     "models": lambda: _column_table(measure_tables.MODEL_COLUMNS),
     "condensation": lambda: _column_table(measure_tables.CONDENSATION_COLUMNS),
 }

@@ -1,11 +1,12 @@
 """The results on disk: their files, writing and reading them.
 
-A study's folder holds four Parquet datasets, `trials`, `steps`, `evals` and `layers`; they are the truth,
-and everything else can be rebuilt from them. `columns` says what is in them. Files are named after what they
-hold, so that writing one again replaces it and never doubles a row:
+A study's folder holds the Parquet datasets `trials`, `steps`, `evals`, `layers` and, where models are
+evaluated on tasks, `items`; they are the truth, and everything else can be rebuilt from them. `columns` says
+what is in them. Files are named after what they hold, so that writing one again replaces it and never doubles
+a row:
 
     trials/trial-00003-attempt-1.parquet     one row
-    steps/trial-00003/until-00000050.parquet rows up to step 50 (evals and layers likewise)
+    steps/trial-00003/until-00000050.parquet rows up to step 50 (evals, layers and items likewise)
     trials/compact-2.parquet                 rows of many trials that have ended (`compaction`)
 
 A file appears only when it is whole (`storage`), so readers need no lock.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
 import re
 import sys
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydisp import columns, parts, storage
@@ -43,7 +46,8 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {name: column.type for name, column in c
 STEP_SCHEMA = columns.make_schema(columns.STEPS)
 EVAL_SCHEMA = columns.make_schema(columns.EVALS)
 LAYER_SCHEMA = columns.make_schema(columns.LAYERS)
-ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEMA}
+ITEM_SCHEMA = columns.make_schema(columns.ITEMS)
+ROW_SCHEMAS = {"steps": STEP_SCHEMA, "evals": EVAL_SCHEMA, "layers": LAYER_SCHEMA, "items": ITEM_SCHEMA}
 
 MAX_READS = 50
 """Times that a table is read anew because its files changed meanwhile."""
@@ -210,7 +214,7 @@ def _null_if_not_finite(value: Any) -> Any:
 
 
 class RowWriter:
-    """Collects the `steps`, `evals` and `layers` rows of one trial and writes them in whole files.
+    """Collects the `steps`, `evals`, `layers` and `items` rows of one trial and writes them in whole files.
 
     `flush` must come before each checkpoint is made: then no file holds rows from both sides of it, and
     resuming from it drops whole files.
@@ -226,7 +230,7 @@ class RowWriter:
             _drop_files_after(storage.join(study_dir, name, trial_name(trial)), resumed_step)
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
-        """Add a row to one of the three tables; `trial` and `attempt` are filled in."""
+        """Add a row to one of these tables; `trial` and `attempt` are filled in."""
         clean = {name: _null_if_not_finite(value) for name, value in row.items()}
         self._rows[table].append({**self._ids, **clean})
 
@@ -271,19 +275,46 @@ class Tables:
     steps: pa.Table
     evals: pa.Table
     layers: pa.Table
+    items: pa.Table = dataclasses.field(default_factory=ITEM_SCHEMA.empty_table)
+    """Of the runs of the confirm phase alone, as they ended: those of a large search are many."""
 
 
 def read_tables(study_dir: str) -> Tables:
-    """Read a study's four datasets; a table without a file yet is empty.
+    """Read a study's datasets; a table without a file yet is empty.
 
     A file that is not whole, or not ours, is named in a warning and left out.
     """
     attempts = read_table(study_dir, "trials")
+    trials = latest_attempts(attempts)
     return Tables(
-        trials=latest_attempts(attempts),
+        trials=trials,
         attempts=attempts,
-        **{name: read_table(study_dir, name) for name in ROW_SCHEMAS},
+        **{name: read_table(study_dir, name) for name in ROW_SCHEMAS if name != "items"},
+        items=read_final_items(study_dir, trials),
     )
+
+
+def read_final_items(study_dir: str, trials: pa.Table, *, strict: bool = False) -> pa.Table:
+    """The rows of `items` of the confirm phase's runs, of the last step of each.
+
+    Args:
+        trials: the latest attempt of each trial.
+        strict: as `read_table` has it.
+    """
+    found = [ITEM_SCHEMA.empty_table()]
+    for row in trials.select(["trial", "phase", "num_steps", "config_json"]).to_pylist():
+        if row["phase"] == "confirm" and row["num_steps"] and _names_tasks(row["config_json"]):
+            items = read_table(study_dir, "items", trial=row["trial"], strict=strict)
+            found.append(items.filter(pc.equal(items["step"], row["num_steps"])))
+    return pa.concat_tables(found)
+
+
+def _names_tasks(config_json: str | None) -> bool:
+    """Whether a trial is evaluated on tasks, by its settings."""
+    try:
+        return bool(json.loads(config_json or "{}")["evaluate"]["tasks"])
+    except (ValueError, TypeError, KeyError):  # written before there were tasks
+        return False
 
 
 def read_table(study_dir: str, name: str, *, trial: int | None = None, strict: bool = False) -> pa.Table:

@@ -259,7 +259,7 @@ def _run_trials(
 
         node_checks.refuse_unfit_nodes(plan.needs(held.id))
         launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
-        launch = dataclasses.replace(launch, lease=held.id)
+        launch = dataclasses.replace(launch, lease=held.id, task_folders=plan.tasks.folders)
         refuse_other_content(launch, plan.work.search)
         # Only now: a study that could not start leaves nothing that a mended file would differ from.
         storage.write_bytes(storage.join(study_dir, "study.yaml"), dump_study(study).encode())
@@ -321,7 +321,7 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
         notes: what is said first.
         failed: whether the study did not come to its end.
     """
-    from raydisp import analysis, verdict
+    from raydisp import analysis, task_effects, verdict
     from raydisp.report import build_report
 
     tables = results.read_tables(study_dir)
@@ -334,7 +334,9 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
     if judged:
         try:
             verdict.write_verdicts(study_dir, tables.trials)
-            told = verdict.sentences(tables.trials)
+            benchmarks = task_effects.benchmarks(tables.trials, tables.evals, tables.items)
+            task_effects.write(study_dir, benchmarks)
+            told = (*verdict.sentences(tables.trials), *task_effects.sentences(benchmarks))
         except VerdictError as error:
             told = (f"The confirm phase cannot be judged: {error}.",)
     report = build_report(study_dir)

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,6 +57,14 @@ class Rows(Protocol):
 
     def add(self, table: str, row: dict[str, Any]) -> None: ...
     def flush(self, step: int) -> None: ...
+
+
+class Benchmarks(Protocol):
+    """What a model is evaluated on besides held-out text; `raydisp.task_runs.TaskRuns` is one."""
+
+    def rows(
+        self, model: nn.Module, step: int, *, layout: Layout, precision: str, batch_tokens: int
+    ) -> Iterable[tuple[str, dict[str, Any]]]: ...
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ def train(
     must_stop: Callable[[dict[str, Any]], bool] | None = None,
     interruption: Callable[[], str | None] | None = None,
     test_blocks: TokenBlocks | None = None,
+    benchmarks: Benchmarks | None = None,
     on_end: Callable[[nn.Module], None] | None = None,
 ) -> TrainResult:
     """Train a model as the trial says.
@@ -179,6 +188,7 @@ def train(
         interruption: called on all workers at the same steps, about every INTERRUPTION_POLL_S; why this
             machine must be left now, if it must: the same on all workers.
         test_blocks: evaluated as a whole at the end, for the loss alone.
+        benchmarks: asked on all workers for rows at each evaluation, and leaves the model as it was.
         on_end: called once on all workers after the last evaluation of a training that came to its end, with
             the trained model in its wrapper (DDP's) and, under fsdp, in shards. Its time and its memory do
             not count.
@@ -239,7 +249,18 @@ def train(
                     rows.add(table, row)
         return evaluation
 
+    def run_benchmarks(benchmarks: Benchmarks, step: int) -> None:
+        batch_tokens = micro * trial.data.context_length
+        at = {"step": step, "num_tokens": step * tokens_per_step}
+        for table, row in benchmarks.rows(
+            wrapped, step, layout=layout, precision=precision, batch_tokens=batch_tokens
+        ):
+            if rows is not None:
+                rows.add(table, {**at, **row})
+
     def report(step: int, evaluation: Evaluation) -> None:
+        if benchmarks is not None:
+            run_benchmarks(benchmarks, step)
         if rows is not None:
             rows.flush(step)
         if on_evaluation is not None:

@@ -6,6 +6,8 @@ seed (`frozen_plan`), judged by `paired.judge`, and written as two tables beside
     verdicts/verdicts.parquet   one row per arm: the verdict on the primary outcome and what it rests on
     effects/effects.parquet     one row per arm and metric: descriptive, without p-values
 
+What arms do to benchmarks is in `task_effects`.
+
 python -m raydisp.verdict DIR
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydisp import results, verdict
+from raydisp import results, task_effects, verdict
 from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError, VerdictError
 from raydisp.results_command import check_folder, terminal_width
 from raydisp.trial_list import format_table
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a mistake of the user."""
     parser = argparse.ArgumentParser(
         prog="python -m raydisp.verdict",
-        description="Judge the confirm phase of a study: print what it found, and write the tables verdicts "
-        "and effects beside its rows.",
+        description="Judge the confirm phase of a study: print what it found, and write the tables verdicts, "
+        "effects and, where there are any, benchmarks beside its rows.",
     )
     parser.add_argument("dir", metavar="DIR", help="results folder of a study, local or s3://, gs://")
     parser.add_argument(
@@ -50,10 +50,11 @@ def _judge(place: str, *, as_json: bool) -> None:
     # Strict: a row that cannot be read would change the verdict, and is no pair that is merely missing.
     trials = results.latest_attempts(results.read_table(place, "trials", strict=True))
     try:
+        benchmarks = task_effects.of_study(place, trials, strict=True)
         verdicts, effects, sentences = (
             verdict.verdicts(trials),
             verdict.effects(trials),
-            verdict.sentences(trials),
+            (*verdict.sentences(trials), *task_effects.sentences(benchmarks)),
         )
     except VerdictError as error:
         raise VerdictError(f"{place}: {error}") from None
@@ -61,6 +62,7 @@ def _judge(place: str, *, as_json: bool) -> None:
         tree = {
             "verdicts": verdicts.to_pylist(),
             "effects": effects.to_pylist(),
+            "benchmarks": benchmarks.to_pylist(),
             "sentences": list(sentences),
         }
         print(json.dumps(tree, ensure_ascii=False, allow_nan=False))
@@ -70,6 +72,7 @@ def _judge(place: str, *, as_json: bool) -> None:
         print(_table(verdicts))
     try:
         verdict.write_verdicts(place, trials)
+        task_effects.write(place, benchmarks)
     except OutputError as error:
         print(f"raydisp.verdict: the tables are not kept: {error}", file=sys.stderr)
 

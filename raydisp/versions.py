@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -22,12 +23,22 @@ PACKAGES = (
 )
 """Whose versions stand on every row."""
 
+OF_TASKS = ("lm_eval",)
+"""Likewise, where models are evaluated on tasks."""
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a trial computes."""
+
+def package_versions(*, tasks: bool = False) -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a trial computes.
+
+    Args:
+        tasks: whether those that tasks need count; what is not installed is left out.
+    """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         versions[name] = importlib.metadata.version(name)
+    for name in OF_TASKS if tasks else ():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return versions
 
 

@@ -35,7 +35,7 @@ LOOK_EVERY_S = 2.0
 SHARE = 0.2
 """Of the time at the most that goes into looking and building: a large study is looked at less often."""
 
-PARTS = ("trials", "steps", "evals", "layers")
+PARTS = ("trials", "steps", "evals", "layers", "items")
 FILES = ("study.yaml", "confirm.yaml")
 """What the report is made from."""
 

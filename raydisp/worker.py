@@ -15,7 +15,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -81,6 +81,8 @@ class Assignment:
     """Whether the weights are kept when the trial has completed."""
     code_sha256: str | None = None
     """Of the code on the node where the study was started; None: it is not looked at."""
+    task_folders: Sequence[str] = ()
+    """Of the harness's own tasks, where those of the study are."""
 
     @property
     def name(self) -> str:
@@ -423,6 +425,12 @@ def train_share(
     )
     first_step_at: list[float] = []
     notes: list[str] = []
+    benchmarks = None
+    if trial.evaluate.tasks:
+        from raydisp import task_runs
+
+        known = assignment.task_folders
+        benchmarks = task_runs.of_trial(study, trial, folder, at_rungs=not confirms, known=known, notes=notes)
     result = train(
         model,
         data.TokenBlocks(folder, "train"),
@@ -437,6 +445,7 @@ def train_share(
         must_stop=_must_stop(assignment) if layout.is_main else None,
         interruption=interruption,
         test_blocks=data.TokenBlocks(folder, "test") if confirms else None,
+        benchmarks=benchmarks,
         on_end=_keep_model(assignment, trial, folder, layout, notes) if assignment.keep_model else None,
     )
     return {

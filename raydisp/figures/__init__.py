@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from raydisp.figures.benchmarks import benchmark_panel
 from raydisp.figures.chart import Chart, Panel, Plot
 from raydisp.figures.condensation import against_panel, heat_map_panel, profile_panel, trend_panel
 from raydisp.figures.dose import dose_panel, surface_panel
@@ -19,7 +20,7 @@ from raydisp.figures.verdict import cost_panel, verdict_panel
 from raydisp.results import Tables
 from raydisp.search_config import Objective
 
-__all__ = ["Chart", "Panel", "Plot", "build_panels", "verdict_panel"]
+__all__ = ["Chart", "Panel", "Plot", "benchmark_panel", "build_panels", "verdict_panel"]
 
 
 def build_panels(tables: Tables, objectives: Sequence[Objective]) -> list[Panel]:
