@@ -10,9 +10,9 @@ RECORDED = "results"
 
 
 def on_config(config: Any) -> Any:
-    """Append the recorded results to the navigation: the folder's index first, then the rest by name."""
+    """Append the recorded results to the navigation: its README first, then the rest by name."""
     folder = Path(config["docs_dir"]) / RECORDED
-    pages = sorted(folder.rglob("*.md"), key=lambda page: (page.name != "index.md", page))
+    pages = sorted(folder.rglob("*.md"), key=lambda page: (page.name != "README.md", page))
     if pages:
         names = [page.relative_to(config["docs_dir"]).as_posix() for page in pages]
         config["nav"].append({"Recorded results": names})

@@ -59,7 +59,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_page_is_built(site: Path) -> None:
     for page in PAGES:
-        assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file()
+        name = "index" if page.stem == "README" else page.stem  # GitHub shows a README, a server an index
+        assert (site / page.relative_to(DOCS).with_name(f"{name}.html")).is_file()
     assert not (site / "hooks.py").exists()
 
 
@@ -68,9 +69,9 @@ def test_recorded_results_join_the_navigation_where_there_are_any(tmp_path: Path
     config = {"docs_dir": str(tmp_path), "nav": ["index.md"]}
     assert hooks["on_config"](config)["nav"] == ["index.md"]
     (tmp_path / "results" / "a").mkdir(parents=True)
-    for name in ("b.md", "index.md", "a/c.md"):
+    for name in ("b.md", "README.md", "a/c.md"):
         (tmp_path / "results" / name).write_text("# x")
-    pages = ["results/index.md", "results/a/c.md", "results/b.md"]
+    pages = ["results/README.md", "results/a/c.md", "results/b.md"]
     assert hooks["on_config"](config)["nav"] == ["index.md", {"Recorded results": pages}]
 
 
