@@ -79,7 +79,7 @@ class Checked:
     unchecked: tuple[str, ...] = ()
     """Sentences: what could not be reached, and so is not checked yet."""
     folders: tuple[str, ...] = ()
-    """Those of the harness's own tasks that these are in, relative to all of them: `load` looks no further."""
+    """Those of the harness's own tasks that these are in: `load` looks no further."""
 
 
 def check(settings: EvaluateConfig, *, may_be_offline: bool = False, known: Sequence[str] = ()) -> Checked:
@@ -266,8 +266,8 @@ def _manager_for(settings: EvaluateConfig, index: int, task: Task, known: Sequen
         also = f" or in the YAML files of {', '.join(settings.task_paths)}" if folders else ""
         near = suggest(name, [*(own.task_index if own is not None else ()), *manager.task_index])
         raise ConfigError(
-            f"{_where(index, task)} is not a task, tag or group of lm-evaluation-harness {_harness_version()}{also}; "
-            f"`lm-eval ls tasks` lists them.{near}"
+            f"{_where(index, task)} is not a task, tag or group of lm-evaluation-harness "
+            f"{_harness_version()}{also}; `lm-eval ls tasks` lists them.{near}"
         )
     return manager
 
@@ -302,7 +302,7 @@ def _named_in(members: Any) -> list[str]:
 
 
 def _folders_of(manager: Any, name: str) -> set[str]:
-    """Folders, relative to the harness's tasks, of an entry and all that it is made of; your own are left out."""
+    """Folders, relative to the harness's tasks, of an entry and all that it is made of; no others."""
     entry = manager.task_index.get(name)
     if entry is None:
         return set()
