@@ -86,8 +86,8 @@ def check(settings: EvaluateConfig, *, may_be_offline: bool = False, known: Sequ
     """Load all tasks, to find out what is wrong with them.
 
     Args:
-        known: `Checked.folders` of an earlier look at the same tasks.
         may_be_offline: data that the hub does not give now, and the local cache lacks, is no error.
+        known: `Checked.folders` of an earlier look at the same tasks.
     Raises:
         ConfigError: the harness is not installed, or as `load`.
     """
