@@ -306,7 +306,7 @@ def _folders_of(manager: Any, name: str) -> set[str]:
     entry = manager.task_index.get(name)
     if entry is None:
         return set()
-    found = set().union(*(_folders_of(manager, one) for one in _members(entry)))
+    found = {folder for one in _members(entry) for folder in _folders_of(manager, one)}
     if entry.yaml_path is not None and entry.yaml_path.is_relative_to(_harness_tasks()):
         found.add(str(entry.yaml_path.parent.relative_to(_harness_tasks())))
     return found
