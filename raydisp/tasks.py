@@ -79,16 +79,15 @@ class Checked:
     unchecked: tuple[str, ...] = ()
     """Sentences: what could not be reached, and so is not checked yet."""
     folders: tuple[str, ...] = ()
-    """Those of the harness's own tasks that these are in, relative to all of them: `load` looks no
-    further."""
+    """Those of the harness's own tasks that these are in: `load` looks no further."""
 
 
 def check(settings: EvaluateConfig, *, may_be_offline: bool = False, known: Sequence[str] = ()) -> Checked:
     """Load all tasks, to find out what is wrong with them.
 
     Args:
-        known: `Checked.folders` of an earlier look at the same tasks.
         may_be_offline: data that the hub does not give now, and the local cache lacks, is no error.
+        known: `Checked.folders` of an earlier look at the same tasks.
     Raises:
         ConfigError: the harness is not installed, or as `load`.
     """
@@ -303,11 +302,11 @@ def _named_in(members: Any) -> list[str]:
 
 
 def _folders_of(manager: Any, name: str) -> set[str]:
-    """Folders, relative to the harness's tasks, of an entry and all that it is made of, without your own."""
+    """Folders, relative to the harness's tasks, of an entry and all that it is made of; no others."""
     entry = manager.task_index.get(name)
     if entry is None:
         return set()
-    found = set().union(*(_folders_of(manager, one) for one in _members(entry)))
+    found = {folder for one in _members(entry) for folder in _folders_of(manager, one)}
     if entry.yaml_path is not None and entry.yaml_path.is_relative_to(_harness_tasks()):
         found.add(str(entry.yaml_path.parent.relative_to(_harness_tasks())))
     return found

@@ -155,7 +155,7 @@ def many(number: int, *, curves: bool = True) -> results.Tables:
 
 
 def write(folder: Path, tables: results.Tables, study: dict[str, Any] | None = None) -> str:
-    """A results folder as a study leaves it behind, all four datasets."""
+    """A results folder as a study leaves it behind, its four datasets."""
     place = str(folder)
     for name in ("trials", "steps", "evals", "layers"):
         table = getattr(tables, name)

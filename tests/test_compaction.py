@@ -28,6 +28,7 @@ def write_attempt(folder: str, trial: int, attempt: int, status: str, steps: ran
         writer.add("steps", {"step": step, "num_tokens": step * 8, "loss": 1.0 / step})
         writer.add("evals", {"step": step, "num_tokens": step * 8, "split": "validation", "name": "loss"})
         writer.add("layers", {"step": step, "layer": 0, "histogram": [step] * 128})
+        writer.add("items", {"step": step, "benchmark": "quiz", "task": "quiz", "item": step, "value": 1.0})
         if step % 2 == 0:
             writer.flush(step)
     row = {"study": "s", "trial": trial, "attempt": attempt, "status": status, "val_loss": 5.0 + trial}
@@ -60,7 +61,9 @@ def glob_rows(folder: str, table: str) -> tuple[list[tuple[int, ...]], list[tupl
 
 def our_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
     tables = results.read_tables(folder)
-    return {name: getattr(tables, name).to_pylist() for name in ("attempts", "steps", "evals", "layers")}
+    found = {name: getattr(tables, name) for name in ("attempts", "steps", "evals", "layers")}
+    found["items"] = results.read_table(folder, "items")
+    return {name: table.to_pylist() for name, table in found.items()}
 
 
 def files(folder: str, table: str) -> list[str]:
@@ -75,6 +78,7 @@ def test_rows_are_the_same_and_files_are_few(study_dir: str) -> None:
         ("steps", 9, 18),
         ("evals", 9, 18),
         ("layers", 9, 18),
+        ("items", 9, 18),
     ]
     assert our_rows(study_dir) == before
     assert {name: glob_rows(study_dir, name) for name in compaction.TABLES} == plain
@@ -85,7 +89,7 @@ def test_rows_are_the_same_and_files_are_few(study_dir: str) -> None:
         "trial-00004-attempt-1.parquet",
     ]
     assert not Path(study_dir, "steps", "trial-00000").exists(), "no empty folder is left"
-    assert [one.file for one in compaction.compact(study_dir)] == [None] * 4, "nothing left to do"
+    assert [one.file for one in compaction.compact(study_dir)] == [None] * 5, "nothing left to do"
     file = pq.ParquetFile(Path(study_dir, "steps", "compact-1.parquet"))
     assert file.schema_arrow.metadata[parts.VERSION_KEY] == b"1"
     column = file.metadata.row_group(0).column(0)

@@ -123,6 +123,7 @@ def line_of(key: str) -> int:
         ("dispersion.max_tokens=200", "is more than the data.context_length = 128 tokens"),
         ("evaluate.max_tokens=100", "is less than one sequence"),
         ("evaluate.task=[piqa]", '"task" is not a key in evaluate'),
+        ("evaluate.tasks=[piqa, piqa]", "evaluate.tasks names piqa twice; keep one of them"),
         ("train.strategy=fsdp", "resources.num_workers = 1; use ddp, or at least 2 workers"),
         ("train.strategy=fdsp", 'Did you mean "fsdp"?'),
         ("train.on_nonfinite=skip", 'Did you mean "skip_step"?'),
