@@ -22,7 +22,7 @@ from raydisp.boundary import run_command
 from raydisp.errors import OutputError
 from raydisp.page import objectives_of, render, study_panels
 from raydisp.results import Tables, read_tables
-from raydisp.storage import join, read_bytes, resolve, write_bytes
+from raydisp.storage import join, local_absolute, read_bytes, resolve, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
         watch(arguments.dirs[0], arguments.host or DEFAULT_HOST, arguments.port or 0)
         return
-    for place in _make(list(dict.fromkeys(arguments.dirs)), arguments.out, arguments.figures):
+    # A study that is named twice is one study.
+    dirs = {local_absolute(place).rstrip("/"): place for place in reversed(arguments.dirs)}
+    for place in _make([*reversed(dirs.values())], arguments.out, arguments.figures):
         print(place)
 
 

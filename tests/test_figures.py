@@ -434,12 +434,39 @@ def test_studies_are_compared_with_their_own_baselines(
 
 def test_a_comparison_goes_where_the_command_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = sample_studies.write(tmp_path / "one", sample_tables([trial_row(0), trial_row(1)]))
+    other = sample_studies.write(tmp_path / "two", sample_tables([trial_row(0), trial_row(2)]))
     monkeypatch.chdir(tmp_path)
-    assert report.main([place, place]) == 0
+    assert report.main([place, other]) == 0
     assert (tmp_path / "comparison.html").exists()
     assert report.main([place, "--out", str(tmp_path / "elsewhere.html")]) == 0
     assert (tmp_path / "elsewhere.html").exists()
     assert not (tmp_path / "one" / "report.html").exists()
+
+
+def test_a_study_that_is_named_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = sample_studies.write(tmp_path / "one", sample_tables([trial_row(0), trial_row(1)]))
+    monkeypatch.chdir(tmp_path)
+    assert report.main([place, f"{place}/", "one"]) == 0
+    assert not (tmp_path / "comparison.html").exists()
+    assert (tmp_path / "one" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "names"),
+    [
+        ([("r/a", "x"), ("r/b", "y")], ["x", "y"]),
+        ([("r/a", "x"), ("r/b", "x")], ["a", "b"]),
+        ([("q/a", "x"), ("r/a", "x")], ["q/a", "r/a"]),
+        ([("r/y", "x"), ("r/z", "x"), ("r/b", "y")], ["r/y", "z", "r/b"]),
+        ([("q/a", "x"), ("r/a", "x"), ("r/b", "q/a")], ["q/a", "r/a", "r/b"]),
+    ],
+)
+def test_studies_have_names_of_their_own(found: list[tuple[str, str]], names: list[str]) -> None:
+    told = [
+        (folder, sample_tables([trial_row(0, study=name), trial_row(1, study=name)]), {})
+        for folder, name in found
+    ]
+    assert [study.name for study in comparison.named(told)] == names
 
 
 # --- papers --------------------------------------------------------------------------------------------
