@@ -8,7 +8,7 @@ from typing import Any
 from raydisp import space
 from raydisp.arms import Arms, dimensions, is_dimension
 from raydisp.capacity import Offer
-from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
+from raydisp.cluster import Plan, joins_cluster, memory_here, plan_resources, this_machine
 from raydisp.config import StudyConfig
 from raydisp.confirm import describe as describe_confirm
 from raydisp.confirm import known_spread, num_arms, num_seeds
@@ -379,7 +379,8 @@ def make_plan(
     """
     resources = None
     if not joins_cluster(address):
-        resources = plan_resources(study, Offer((this_machine(),)), where="this machine")
+        here = Offer((this_machine(),), head_memory_bytes=memory_here())
+        resources = plan_resources(study, here, where="this machine")
     model = model_summary(study.model, study.data.context_length)
     _check_layers(study, model)
     if isinstance(study.model, PathModel):
