@@ -245,15 +245,15 @@ def running_ray(
 
 
 def _refuse_other_protocols(address: str | None) -> None:
-    """The command runs on a node: Ray Client's (ray://) and the dashboard's (http://) addresses are others."""
+    """A study runs on a node: the addresses of Ray Client (ray://) and the dashboard (http://) are others."""
     told = f"--address {address}"
     if address is None:
         address = os.environ.get("RAY_ADDRESS", "")
         told = f"RAY_ADDRESS {address}"
     if "://" in address:
         raise ResourceError(
-            f"{told} is no address that a study can join: it runs on a node of its cluster. Log in to the head "
-            "(ray attach cluster.yaml) and give the command there, without --address; or hand it in (ray job "
+            f"{told} is no address that a study can join: it runs on a node of its cluster. Log in to the "
+            "head (ray attach cluster.yaml) and give the command there, without --address; or hand it in (ray job "
             "submit --address http://127.0.0.1:8265 -- python -m raydisp.study ...)"
         )
 

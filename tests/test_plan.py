@@ -184,7 +184,8 @@ def test_the_drivers_of_all_trials_fit_into_the_heads_memory(tree: dict[str, Any
     assert (tight.max_concurrent_trials, tight.bounded_by_head) == (10, True)
     assert tight.describe().startswith(
         "2 workers x 1 CPU + 1 GPU per trial (its driver takes no CPU), 10 trials at a time, for whose "
-        "drivers the head has memory (700 MiB each; resources.max_concurrent_trials overrides it), of which none fits"
+        "drivers the head has memory (700 MiB each; resources.max_concurrent_trials overrides it), of which "
+        "none fits"
     )
     assert planned(0.1, num_workers=2).max_concurrent_trials == 1, "one always"
     for plan in (planned(100, num_workers=2), planned(None, num_workers=2), planned(7)):
