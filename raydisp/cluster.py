@@ -253,8 +253,8 @@ def _refuse_other_protocols(address: str | None) -> None:
     if "://" in address:
         raise ResourceError(
             f"{told} is no address that a study can join: it runs on a node of its cluster. Log in to the "
-            "head (ray attach cluster.yaml) and give the command there, without --address; or hand it in (ray job "
-            "submit --address http://127.0.0.1:8265 -- python -m raydisp.study ...)"
+            "head (ray attach cluster.yaml) and give the command there, without --address; or hand it in "
+            "(ray job submit --address http://127.0.0.1:8265 -- python -m raydisp.study ...)"
         )
 
 

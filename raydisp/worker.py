@@ -362,8 +362,9 @@ def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell_hosts(assignment: Assignment, study: StudyConfig, layout: Layout) -> None:
-    """Have the row of an attempt name the hosts of its workers from their start: whatever is lost later, it is
-    known where it ran. Until then it names the driver's, most often the head. All workers must call it."""
+    """Have the row of an attempt name the hosts of its workers from their start, and not that of the driver,
+    which is most often the head: whatever is lost later, it is known where it ran. All workers must call it.
+    """
     import torch.distributed as dist
 
     hosts: list[Any] = [socket.gethostname()]
@@ -386,7 +387,7 @@ def tell_hosts(assignment: Assignment, study: StudyConfig, layout: Layout) -> No
 
 
 def _told_by_workers(assignment: Assignment, study: StudyConfig) -> dict[str, Any]:
-    """What `tell_hosts` has written, for the row of an attempt that failed; {} where it has not come so far."""
+    """What `tell_hosts` has written, for the row of an attempt that failed; {} where that is not known."""
     if not study.resources.goes_through_ray_train:
         return {}
     try:

@@ -373,6 +373,37 @@ def test_two_models_become_tables_and_a_page(
     assert duckdb.sql(query).fetchall() == [(4 + 5, 6 + 10)]
 
 
+def test_a_family_is_drawn_over_its_sizes(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three saved models of one family, the largest named first: the page has what `read_models` has."""
+    for width in (16, 24, 48):
+        build("gpt2", width=width).save_pretrained(tmp_path / f"gpt2-{width}")
+        byte_tokenizer().save_pretrained(tmp_path / f"gpt2-{width}")
+    places = [tmp_path / f"gpt2-{width}" for width in (48, 16, 24)]
+    out = tmp_path / "out"
+    run(capsys, *places, "--texts", text_file, "--out", out, "--max-tokens", 40, "--quiet")
+    rows = [row for row, _ in measure_tables.read_models(str(out))]
+    assert [row["name"] for row in rows] == ["gpt2-16", "gpt2-24", "gpt2-48"]
+    sizes = [row["num_parameters"] for row in rows]
+    assert sizes == sorted(sizes)
+    page = Page((out / "condensation.html").read_text())
+    for name, column in (("size-spearman", "spearman"), ("size-last-half", "last_half_mean")):
+        line, *marks = page.figures[name]["data"]
+        assert line["x"] == sizes
+        assert line["y"] == pytest.approx([row[column] for row in rows])
+        points = [mark for mark in marks if mark["mode"] == "markers"]
+        assert [(point["name"], point["x"]) for point in points] == [
+            (row["name"], [size]) for row, size in zip(rows, sizes, strict=True)
+        ]
+        if column == "last_half_mean":
+            errors = [point["error_y"]["array"][0] for point in points]
+            assert errors == pytest.approx([row["last_half_stderr"] for row in rows])
+    ticks = page.figures["size-spearman"]["layout"]["xaxis"]["ticktext"]
+    assert len(ticks) > 1
+    assert f"From gpt2-16 ({measure_page.parameters(sizes[0])}) to gpt2-48" in page.text
+
+
 def test_measuring_again_replaces_a_models_rows(
     folders: dict[str, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
