@@ -21,6 +21,7 @@ from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_r
 from test_report import EVIL, read_page, traces
 
 from raydisp import analysis, comparison, report, verdict
+from raydisp.analysis.importance import has_fanova
 from raydisp.analysis.training import MAX_CURVE_POINTS, MAX_CURVES, thin
 from raydisp.figures import build_panels
 from raydisp.figures.chart import Chart, Panel, log_ticks
@@ -188,10 +189,18 @@ def test_fields_side_by_side() -> None:
 def test_importance_finds_the_field_that_matters_and_says_why_not() -> None:
     rows = [trial_row(trial) for trial in range(60)]
     table = analysis.importance(trial_table(rows), VAL_LOSS).to_pylist()
-    assert table[0]["name"] == "dispersion.weight"
-    assert sum(row["importance"] for row in table) == pytest.approx(1.0)
-    assert all(0 <= row["low_90"] <= row["high_90"] <= 1 for row in table)
+    evaluators = ["PED-ANOVA", *(["fANOVA"] if has_fanova() else [])]
+    assert list(dict.fromkeys(row["evaluator"] for row in table)) == evaluators
+    for evaluator in evaluators:
+        own = [row for row in table if row["evaluator"] == evaluator]
+        assert own[0]["name"] == "dispersion.weight"
+        assert sum(row["importance"] for row in own) == pytest.approx(1.0)
+        assert all(0 <= row["low_90"] <= row["high_90"] <= 1 for row in own)
     assert table == analysis.importance(trial_table(rows), VAL_LOSS).to_pylist(), "it repeats itself"
+    panel = importance_panel(trial_table(rows), VAL_LOSS)
+    assert {*marks(panel, "importance-0")} == {*evaluators}
+    assert ("fANOVA, circles" in panel.sentence) == has_fanova()
+    assert ("pip install 'raydisp[importance]'" in panel.sentence) != has_fanova()
     few = importance_panel(trial_table(rows[:10]), VAL_LOSS)
     assert (few.plots, few.sentence) == ([], "No figure: 9 comparable trials, fewer than 10.")
     assert "arms" not in importance_panel(trial_table(rows[:11]), VAL_LOSS).sentence
@@ -207,6 +216,28 @@ def test_importance_of_conditional_and_odd_fields() -> None:
     ]
     found = analysis.importance(trial_table(rows, searched), Objective(metric="val_loss", mode="max"))
     assert {*found["name"].to_pylist()} == {*searched}
+    of_trees = {row["name"] for row in found.to_pylist() if row["evaluator"] == "fANOVA"}
+    assert of_trees == ({*searched} - {"dispersion.temperature"} if has_fanova() else set())
+    equal = [row | {"val_loss": 5.0} for row in rows]
+    found = analysis.importance(trial_table(equal, searched), VAL_LOSS)
+    assert {*found["evaluator"].to_pylist()} == {"PED-ANOVA"}, "of equal values there are no trees"
+
+
+def test_fanova_is_what_optuna_says() -> None:
+    """Importance of a function whose variance is known: 4 of 5 parts from one field, 1 from the other."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'raydisp[importance]'")
+    draw = np.random.default_rng(0)
+    rows = [trial_row(0)]
+    for trial in range(1, 201):
+        weight, temperature = (float(value) for value in draw.uniform(1, 2, 2))
+        doses = {"dispersion.weight": weight, "dispersion.temperature": temperature}
+        rows.append(trial_row(trial, val_loss=5 + 2 * weight + temperature, **doses))
+    found = analysis.importance(trial_table(rows), VAL_LOSS).to_pylist()
+    shares = {row["name"]: row for row in found if row["evaluator"] == "fANOVA"}
+    assert shares["dispersion.weight"]["importance"] == pytest.approx(0.8, abs=0.05)
+    assert shares["dispersion.temperature"]["importance"] == pytest.approx(0.2, abs=0.05)
+    for row in shares.values():
+        assert row["low_90"] < row["importance"] < row["high_90"]
 
 
 def test_the_front_is_drawn_at_equal_tokens(armed: Any) -> None:

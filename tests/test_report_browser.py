@@ -207,7 +207,7 @@ def test_importance_is_what_optuna_says(browser: Browser, small_page: str) -> No
     import optuna
 
     browser.open(small_page)
-    drawn = browser.figures()["importance-0"]["share, with a 90 % interval"]
+    drawn = browser.figures()["importance-0"]["PED-ANOVA"]
     done = [row for row in rows_of(small_page, "trials")[1:] if row["status"] == "completed"]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
