@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    _check_numbers(arguments)
+    _check_arguments(arguments)
     if arguments.figures:
         check_matplotlib()
     told = list(dict.fromkeys(arguments.models))
@@ -201,7 +201,14 @@ def _shows_bars(arguments: argparse.Namespace) -> bool:
     return not arguments.quiet and sys.stderr.isatty()
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    for name, values in (
+        ("MODEL", arguments.models),
+        ("--texts", arguments.texts or ()),
+        ("--out", [arguments.out]),
+    ):
+        if "" in values:
+            raise DataError(f'{name} "" is empty: name a place')
     if arguments.max_tokens < 2:
         raise DataError(f"--max-tokens {arguments.max_tokens} is too few: a cosine takes two tokens")
     for name in ("num_texts", "batch_texts"):

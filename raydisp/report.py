@@ -147,6 +147,8 @@ def main(argv: Iterable[str] | None = None) -> int:
         "--host", metavar="H", help="of --watch; 127.0.0.1 by default, so that other machines see nothing"
     )
     arguments = parser.parse_args(None if argv is None else list(argv))
+    if "" in (*arguments.dirs, arguments.out, arguments.figures):
+        parser.error("a place is empty; name the results folder of a study, a FILE or a FOLDER")
     if not arguments.watch and (arguments.port is not None or arguments.host is not None):
         parser.error("--port and --host belong to --watch")
     if arguments.watch and (arguments.out or arguments.figures or len(arguments.dirs) > 1):

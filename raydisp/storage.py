@@ -74,8 +74,8 @@ def _is_object_store(filesystem: pafs.FileSystem) -> bool:
 
 
 def join(location: str, *parts: str) -> str:
-    """A place below a local path or URI."""
-    return "/".join([location.rstrip("/") or "/", *parts])
+    """A place below a local path or URI; "" is the working directory, as elsewhere."""
+    return "/".join([location.rstrip("/") or location[:1], *parts] if location else parts)
 
 
 def local_absolute(location: str) -> str:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -486,6 +487,9 @@ MISTAKES = {
     "one token": ("MODEL --texts one.txt --max-tokens 1", "--max-tokens 1 is too few: a cosine takes two"),
     "no texts": ("MODEL --texts one.txt --num-texts 0", "--num-texts 0 must be at least 1"),
     "no batch": ("MODEL --texts one.txt --batch-texts 0", "--batch-texts 0 must be at least 1"),
+    "an empty model": ("'' --texts one.txt", 'MODEL "" is empty'),
+    "an empty text": ("MODEL --texts ''", '--texts "" is empty'),
+    "an empty folder": ("MODEL --texts one.txt --out ''", '--out "" is empty'),
     "no folder": ("MODEL --texts one.txt --out one.txt", "one.txt is a file"),
 }
 
@@ -503,7 +507,7 @@ def test_a_mistake_of_the_user_is_one_sentence(
     Path("one.txt").write_text("x")
     Path("rows.jsonl").write_text('{"body": "some text"}\n')
     command, message = MISTAKES[name]
-    arguments = [str(folders["gpt2"]) if word == "MODEL" else word for word in command.split()]
+    arguments = [str(folders["gpt2"]) if word == "MODEL" else word for word in shlex.split(command)]
     printed, told = run(capsys, *arguments, *([] if "--out" in arguments else ["--out", "out"]), status=2)
     assert printed == ""
     assert told.startswith("raydisp.measure: ")

@@ -53,6 +53,14 @@ def test_names_with_odd_signs_are_no_secret(place: str) -> None:
     assert storage.resolve(place)[1] == place.removeprefix("file://")
 
 
+@pytest.mark.parametrize(
+    ("location", "joined"),
+    [("a", "a/b/c"), ("a/", "a/b/c"), ("/", "//b/c"), ("", "b/c"), ("s3://x/", "s3://x/b/c")],
+)
+def test_places_below(location: str, joined: str) -> None:
+    assert storage.join(location, "b", "c") == joined
+
+
 def test_uris_go_through_arrow(tmp_path: Path) -> None:
     uri = f"file://{tmp_path}/deep/er"
     storage.write_bytes(storage.join(uri, "x.bin"), b"abc")
