@@ -118,6 +118,8 @@ def write_bytes(location: str, content: bytes) -> None:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+    except IsADirectoryError:
+        raise OutputError(f"{location} cannot be written: it is a folder; name a file") from None
     except OSError as error:
         raise OutputError(
             f"{location} cannot be written: {error.strerror or error}; make the folder writable, free some "

@@ -556,7 +556,8 @@ def test_figures_are_of_one_study_that_has_some(tmp_path: Path, capsys: pytest.C
     place = sample_studies.write(tmp_path, sample_tables([bare]))
     assert report.main([place, "--figures", str(tmp_path / "f")]) == 2
     assert "has no figure that could be drawn" in capsys.readouterr().err
-    assert report.main([place, place, "--figures", str(tmp_path / "f")]) == 2
+    other = sample_studies.write(tmp_path / "other", sample_tables([bare]))
+    assert report.main([place, other, "--figures", str(tmp_path / "f")]) == 2
     assert "one results folder" in capsys.readouterr().err
 
 

@@ -26,6 +26,12 @@ def test_check_writable_refuses_a_place_that_takes_no_file() -> None:
         storage.check_writable("/proc/raydisp")
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot be written: it is a folder; name a file"):
+        storage.write_bytes(str(tmp_path), b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("place", ["foo://bar/x", "a\0b"])
 def test_places_that_are_none(place: str) -> None:
     with pytest.raises(OutputError):
