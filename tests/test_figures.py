@@ -24,7 +24,7 @@ from raydisp import analysis, comparison, report, verdict
 from raydisp.analysis.importance import has_fanova
 from raydisp.analysis.training import MAX_CURVE_POINTS, MAX_CURVES, thin
 from raydisp.figures import build_panels
-from raydisp.figures.chart import Chart, Panel, log_ticks
+from raydisp.figures.chart import Axis, Chart, Panel, Texts, log_ticks
 from raydisp.figures.condensation import against_panel, heat_map_panel, trend_panel
 from raydisp.figures.dose import dose_panel, surface_panel
 from raydisp.figures.fields import importance_panel, parallel_panel
@@ -32,6 +32,7 @@ from raydisp.figures.front import front_panel
 from raydisp.figures.history import history_panel
 from raydisp.figures.interactive import draw
 from raydisp.figures.paper import write_figures
+from raydisp.figures.style import DARK_COLOURS
 from raydisp.figures.training import curves_panel, time_line_panel
 from raydisp.figures.verdict import cost_panel
 from raydisp.search_config import Objective
@@ -271,6 +272,25 @@ def test_learning_curves_are_means_of_the_steps() -> None:
     assert "A cross ends the line of a pruned trial." in panel.sentence
     ends = marks(panel, "curve-lm-loss")["stopped here"]
     assert ends.x == [25 * sample_studies.TOKENS_PER_STEP] * 2
+
+
+def test_of_many_trials_the_curves_say_how_many_are_drawn() -> None:
+    """Failed trials have no curve: fewer lines than there may be are drawn, and it is said all the same."""
+    tables = sample_studies.many(300)
+    panel = curves_panel(tables, VAL_LOSS)
+    drawn = {row["trial"] for row in analysis.learning_curves(tables, VAL_LOSS).to_pylist()}
+    assert len(drawn) <= MAX_CURVES
+    assert f" Drawn: {len(drawn)} of 301 trials, " in panel.sentence
+    assert "Drawn:" not in curves_panel(sample_studies.small(), VAL_LOSS).sentence
+
+
+def test_labels_lie_on_a_ground_where_they_belong() -> None:
+    texts = Texts([0.1, 10.0], [0.0, 1.0], ["<b>low</b>", "high"])
+    chart = Chart(Axis("x", log=True, ends=(0.01, 100)), Axis("y"), [texts])
+    told = draw(chart).to_plotly_json()["layout"]["annotations"]
+    assert [(one["x"], one["y"]) for one in told] == [(-1, 0), (1, 1)]
+    assert [one["text"] for one in told] == ["&lt;b&gt;low&lt;/b&gt;", "high"]
+    assert {one["bgcolor"] for one in told} <= set(DARK_COLOURS), "the page's script exchanges it"
 
 
 @pytest.mark.parametrize("number", [1, 99, 100, 101, 1234])

@@ -46,10 +46,8 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
             chart = Chart(Axis("tokens seen"), axis, _curves(own, several=several))
             title_of_plot = label.split(" (")[0]
             plots.append(Plot(f"curve-{measure.replace('_', '-')}", title_of_plot, chart))
-    num_drawn, num_all = (
-        len({row["trial"] for row in rows}),
-        analysis.search_trials(tables.trials).num_rows + 1,
-    )
+    num_drawn = len({row["trial"] for row in rows})
+    num_all = tables.trials["phase"].to_pylist().count("search")
     sentence = (
         "Each line is a trial of the search, against the tokens it has seen; points of the steps are means "
         f"over equal numbers of steps, at most {MAX_CURVE_POINTS} to a line, and the last validation sees "
@@ -57,9 +55,10 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
     )
     if any(row["kind"] == "pruned" for row in rows):
         sentence += " A cross ends the line of a pruned trial."
-    if num_drawn >= MAX_CURVES and num_drawn < num_all:
+    if num_all > MAX_CURVES:
         sentence += (
-            f" Drawn: {num_drawn} trials, the baseline and the best among them, the others evenly chosen."
+            f" Drawn: {num_drawn} of {num_all:,} trials, the baseline and the best among them, the others "
+            "evenly chosen."
         )
     return Panel(title, sentence, plots)
 
