@@ -274,6 +274,23 @@ def test_learning_curves_are_means_of_the_steps() -> None:
     assert ends.x == [25 * sample_studies.TOKENS_PER_STEP] * 2
 
 
+def test_the_best_of_each_arm_has_a_curve_of_its_own(armed: Any) -> None:
+    panel = curves_panel(armed, VAL_LOSS)
+    drawn = marks(panel, "curve-lm-loss")
+    steps = armed.steps.to_pylist()
+    search = [row for row in armed.trials.to_pylist() if row["phase"] == "search"]
+    looks = set()
+    for arm in ("dispersion", "noisy"):
+        best = min((row for row in search if row["arm"] == arm), key=lambda row: row["val_loss"])
+        losses = [row["lm_loss"] for row in steps if row["trial"] == best["trial"]]
+        assert drawn[f"best: {arm}"].y[:-1] == pytest.approx(losses, rel=1e-5)
+        end = drawn[f"end of best: {arm}"]
+        assert end.y == pytest.approx(losses[-1:], rel=1e-5)
+        looks.add((end.colour, end.symbol))
+    assert len(looks) == 2
+    assert "The bold lines are the best of each arm" in panel.sentence
+
+
 def test_of_many_trials_the_curves_say_how_many_are_drawn() -> None:
     """Failed trials have no curve: fewer lines than there may be are drawn, and it is said all the same."""
     tables = sample_studies.many(300)

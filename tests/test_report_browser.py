@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import shutil
@@ -355,6 +356,29 @@ def test_a_phone_scrolls_only_downwards(browser: Browser, armed_page: str, dark:
         "return a.left < b.left - 1 || a.right > b.right + 1 }).map((title) => title.textContent)"
     )
     assert cut == []
+
+
+def test_no_title_of_an_axis_is_cut_off(browser: Browser, tmp_path: Path) -> None:
+    """One spike makes the axis of the gradient norm a log axis, whose title is the longest there is."""
+    tables = sample_studies.small()
+    norms = tables.steps["grad_norm"].to_pylist()
+    norms[7] = 100.0
+    place = tables.steps.column_names.index("grad_norm")
+    steps = tables.steps.set_column(place, "grad_norm", [norms])
+    page = report.build_report(
+        sample_studies.write(tmp_path, dataclasses.replace(tables, steps=steps.cast(tables.steps.schema)))
+    )
+    for width in (390, 1200):
+        browser.open(page, width=width)
+        cut = browser.ask(
+            "[...document.querySelectorAll('.xtitle, .ytitle')].filter((title) => { "
+            "const a = title.getBoundingClientRect(), b = title.closest('.plot').getBoundingClientRect(); "
+            "return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || "
+            "a.bottom > b.bottom + 1 }).map((title) => title.textContent)"
+        )
+        assert cut == []
+    titles = browser.ask("document.querySelector('#curve-grad-norm .ytitle').textContent")
+    assert "log scale" in titles
 
 
 def test_no_labels_lie_over_each_other(browser: Browser, armed_page: str) -> None:
