@@ -348,7 +348,13 @@ def test_dark_follows_the_system(browser: Browser, small_page: str) -> None:
 def test_a_phone_scrolls_only_downwards(browser: Browser, armed_page: str, dark: bool) -> None:
     browser.open(armed_page, width=390, dark=dark, touch=True)
     assert browser.ask("document.documentElement.scrollWidth") == 390
-    assert browser.ask("Math.max(...[...document.querySelectorAll('.plot')].map((p) => p.clientWidth))") < 390
+    # What is wider, for its labels' sake, scrolls in a box of its own.
+    boxes = "[...document.querySelectorAll('.plot')].map((plot) => plot.parentNode.clientWidth)"
+    assert browser.ask(f"Math.max(...{boxes})") < 390
+    wide = browser.ask(
+        "[...document.querySelectorAll('.plot')].filter((p) => p.clientWidth > 390).map((p) => p.id)"
+    )
+    assert wide == ["parallel"]
     # No title of an axis is wider than its drawing.
     cut = browser.ask(
         "[...document.querySelectorAll('.xtitle')].filter((title) => { "
@@ -386,14 +392,14 @@ def test_no_labels_lie_over_each_other(browser: Browser, armed_page: str) -> Non
         browser.open(armed_page, width=width)
         over = browser.ask(
             "[...document.querySelectorAll('.plot')].flatMap((plot) => "
-            "['.xtick text', '.ytick text', '.legendtext'].flatMap((kind) => { "
+            "['.xtick text', '.ytick text', '.legendtext', '.annotation-text'].flatMap((kind) => { "
             "const boxes = [...plot.querySelectorAll(kind)].map((text) => text.getBoundingClientRect()); "
             "return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => a.left < b.right - 2 && "
             "b.left < a.right - 2 && a.top < b.bottom - 4 && b.top < a.bottom - 4)"
             ".map(() => plot.id + kind)) }))"
         )
         # Slanted names are wider than they look.
-        assert [one for one in over if not (width == 390 and one == "parallel.xtick text")] == []
+        assert [one for one in over if one != "parallel.xtick text"] == []
 
 
 def test_print_is_white_and_whole(browser: Browser, armed_page: str) -> None:

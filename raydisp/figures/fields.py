@@ -90,7 +90,7 @@ def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:
         "passes by a field that its trial did not have; numbers that span more than a factor of 20 are "
         "placed by their logarithm."
     )
-    shown = [Plot("parallel", "", Chart(across, up, marks))]
+    shown = [Plot("parallel", "", Chart(across, up, marks), columns=len(names))]
     return Panel(title, sentence + words.unseen(trials, objective), shown)
 
 
