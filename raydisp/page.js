@@ -14,6 +14,10 @@ function draw(dark, onPaper) {
     if (matchMedia("(pointer: coarse)").matches) themed.layout.dragmode = false;
     // Resizing to the window comes too late for the printer: give the size outright.
     const place = document.getElementById(id);
+    // Below each other on a phone, the names of a long legend would take the drawing's room.
+    const named = figure.data.filter((trace) => trace.name && trace.showlegend !== false).length;
+    if (place.clientWidth < 480 && !place.style.height && named > 4)
+      place.style.height = `calc(23rem + ${18 * (named - 4)}px)`;
     if (onPaper) Object.assign(themed.layout, { width: place.clientWidth, height: place.clientHeight });
     fit(themed.layout, place.clientWidth, place.clientHeight);
     Plotly.react(place, themed.data, themed.layout, config);
