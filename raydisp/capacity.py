@@ -78,6 +78,8 @@ class Offer:
     """None: no autoscaler, or none that tells its limits."""
     free: Node | None = None
     """Of all nodes together, what nobody has taken; None: nobody was asked."""
+    head_memory_bytes: float | None = None
+    """That the head node has for processes; None: not known, or no node calls itself the head."""
 
     @property
     def has_head(self) -> bool:

@@ -19,7 +19,10 @@ DRIVER_RESOURCES = {HEAD_RESOURCE: 0.001}
 """What the process that only waits for a trial's Ray Train workers asks for: a place on the head node and no
 CPU. Drivers that take CPUs can take all of them, and then no worker ever starts."""
 MAX_DRIVERS = 1000
-"""That the head node has room for."""
+"""That the head node has room for, whatever its memory."""
+DRIVER_BYTES = 700 << 20
+"""Memory of what a trial of several workers has on the head: its driver, Ray Train's controller and its
+placement group's cleaner; measured at 681 MiB (docs/scaling.md)."""
 HEADLESS_DRIVER_RESOURCES = {"memory": 1.0}
 """Where no node calls itself the head: one byte, because Tune does not place what asks for nothing."""
 
@@ -46,6 +49,8 @@ class Plan:
     min_workers: int | None = None
     """The fewest, where it is a range."""
     through_ray_train: bool = False
+    bounded_by_head: bool = False
+    """The head's memory, and nothing else, keeps it from more trials at a time."""
 
     @property
     def needs(self) -> str:
@@ -59,6 +64,11 @@ class Plan:
         """For example `1 worker x 1 CPU per trial, 2 trials at a time`."""
         driver = " (its driver takes no CPU)" if self.through_ray_train else ""
         text = f"{self.needs} per trial{driver}, {count(self.max_concurrent_trials, 'trial')} at a time"
+        if self.bounded_by_head:
+            text += (
+                f", for whose drivers the head has memory ({DRIVER_BYTES >> 20} MiB each; "
+                "resources.max_concurrent_trials overrides it)"
+            )
         if self.num_now is None or self.num_now >= self.max_concurrent_trials:
             return text
         now = f"{self.num_now or 'none'} {'fits' if self.num_now < 2 else 'fit'} on the nodes that are there"
@@ -104,9 +114,14 @@ def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
             f"{count(room, 'worker')}; lower resources.num_workers, cpus_per_worker or "
             "gpus_per_worker, or use more machines (--address)"
         )
+    bounded_by_head = False
     if wanted.max_concurrent_trials == "auto":
         # One more than there are trials would only wait.
         concurrent = min(max(1, fitting), study.search.num_trials + 1)
+        if wanted.goes_through_ray_train and offer.head_memory_bytes is not None:
+            room_on_head = max(1, int(offer.head_memory_bytes / DRIVER_BYTES))
+            bounded_by_head = room_on_head < concurrent
+            concurrent = min(concurrent, room_on_head)
     elif wanted.max_concurrent_trials > fitting and certain:
         raise ResourceError(
             f"resources.max_concurrent_trials = {wanted.max_concurrent_trials}, but {where} has room for "
@@ -124,6 +139,7 @@ def plan_resources(study: StudyConfig, offer: Offer, *, where: str) -> Plan:
         accelerator_type=kind,
         min_workers=wanted.min_workers,
         through_ray_train=wanted.goes_through_ray_train,
+        bounded_by_head=bounded_by_head,
     )
 
 
@@ -142,6 +158,14 @@ def this_machine() -> Node:
 
         gpus = torch.cuda.device_count()
     return Node(cpus=len(os.sched_getaffinity(0)), gpus=gpus, is_head=True)
+
+
+def memory_here() -> float:
+    """Bytes that Ray will offer to processes if it is started on this machine now: without its object store,
+    for which it takes 30 %."""
+    from ray._private.utils import estimate_available_memory
+
+    return 0.7 * float(estimate_available_memory())
 
 
 def joins_cluster(address: str | None) -> bool:
@@ -166,8 +190,9 @@ def running_ray(
     Yields:
         The nodes that are alive, and what an autoscaler may add to them.
     Raises:
-        ResourceError: the cluster does not answer.
+        ResourceError: the cluster does not answer, or the address is of another kind.
     """
+    _refuse_other_protocols(address)
     joining = joins_cluster(address)
     # Ray reads these when it is imported or started; what the user has set stays.
     if not joining:  # nobody takes this machine away, and it is one process per trial
@@ -219,6 +244,20 @@ def running_ray(
         ray.shutdown()
 
 
+def _refuse_other_protocols(address: str | None) -> None:
+    """A study runs on a node: the addresses of Ray Client (ray://) and the dashboard (http://) are others."""
+    told = f"--address {address}"
+    if address is None:
+        address = os.environ.get("RAY_ADDRESS", "")
+        told = f"RAY_ADDRESS {address}"
+    if "://" in address:
+        raise ResourceError(
+            f"{told} is no address that a study can join: it runs on a node of its cluster. Log in to the "
+            "head (ray attach cluster.yaml) and give the command there, without --address; or hand it in "
+            "(ray job submit --address http://127.0.0.1:8265 -- python -m raydisp.study ...)"
+        )
+
+
 def read_offer(*, can_grow: bool = True) -> Offer:
     """What the cluster that Ray is connected to offers at this moment.
 
@@ -227,13 +266,13 @@ def read_offer(*, can_grow: bool = True) -> Offer:
     """
     import ray
 
-    nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            nodes.append(node_of(node["Resources"]))
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     free = ray.available_resources()
     return Offer(
-        tuple(nodes),
+        tuple(node_of(of_one) for of_one in resources),
         read_growth() if can_grow else None,
         free=Node(free.get("CPU", 0), free.get("GPU", 0)),
+        head_memory_bytes=next(
+            (of_one.get("memory") for of_one in resources if HEAD_RESOURCE in of_one), None
+        ),
     )

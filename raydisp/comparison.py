@@ -57,16 +57,20 @@ def named(found: Sequence[tuple[str, Tables, Mapping[str, Any]]]) -> list[Study]
     """Studies under names that tell them apart: their own, or their folders'.
 
     Args:
-        found: the folder, the tables and the study file of each.
+        found: the folder, no two alike, the tables and the study file of each.
     """
-    names = [page.study_name(tables.trials, file) for _, tables, file in found]
-    folders = [folder.rstrip("/") for folder, _, _ in found]
-    ends = [folder.rsplit("/", 1)[-1] for folder in folders]
-    known = [end if ends.count(end) == 1 else folder for end, folder in zip(ends, folders, strict=True)]
-    return [
-        Study(name if names.count(name) == 1 else place, tables, file)
-        for name, place, (_, tables, file) in zip(names, known, found, strict=True)
+    told = [
+        (page.study_name(tables.trials, file), folder.rstrip("/").rsplit("/", 1)[-1], folder)
+        for folder, tables, file in found
     ]
+    names = [own for own, _, _ in told]
+    for level in (1, 2):  # a folder's last part may be what another study is called
+        names = [
+            name if names.count(name) == 1 else one[level] for name, one in zip(names, told, strict=True)
+        ]
+    if len(set(names)) < len(names):
+        names = [folder for _, _, folder in told]
+    return [Study(name, tables, file) for name, (_, tables, file) in zip(names, found, strict=True)]
 
 
 def compare(studies: Sequence[Study]) -> pa.Table:

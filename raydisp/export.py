@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from raydisp import kept_models, paired, results, storage, verdict
+from raydisp.boundary import run_command
 from raydisp.confirm_config import BEST
-from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError, suggest
+from raydisp.errors import OutputError, suggest
 from raydisp.frozen_plan import confirm_rows, read_plan
 from raydisp.results_command import check_folder
 
@@ -27,11 +28,11 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 2 a mistake of the user."""
+    """Run the command line; returns the exit status: 0 done, 2 a mistake of the user, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m raydisp.export",
         description="Write a model of a study's confirm phase as a Hugging Face folder, with a model card.",
-        epilog="Exit status: 0 done, 2 user error.",
+        epilog="Exit status: 0 done, 2 user error, 130 interrupted.",
     )
     parser.add_argument("study_dir", metavar="DIR", help="results folder of a study")
     parser.add_argument(
@@ -44,13 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--to", required=True, metavar="FOLDER", help="local folder, new or empty")
     arguments = parser.parse_args(argv)
-    try:
-        told = export(arguments.study_dir, arguments.to, arm=arguments.arm, seed=arguments.seed)
-    except RaydispError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USER_ERROR
-    print(told)
-    return EXIT_DONE
+    return run_command(
+        "raydisp.export",
+        lambda: print(export(arguments.study_dir, arguments.to, arm=arguments.arm, seed=arguments.seed)),
+    )
 
 
 def export(study_dir: str, to: str, *, arm: str = BEST, seed: int | None = None) -> str:

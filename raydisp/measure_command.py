@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import math
-import os
 import re
 import sys
 import time
@@ -21,18 +20,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from raydisp import corpus, kept_models, measure_tables, models, python_docs, results, storage
+from raydisp.boundary import run_command
 from raydisp.data_config import Files
-from raydisp.errors import (
-    EXIT_DONE,
-    EXIT_FAILED_TRIALS,
-    EXIT_INTERRUPTED,
-    EXIT_USER_ERROR,
-    DataError,
-    ModelError,
-    RaydispError,
-)
+from raydisp.errors import EXIT_DONE, EXIT_FAILED_TRIALS, DataError, ModelError
 from raydisp.figures.paper import check_matplotlib, write_figures
-from raydisp.interrupts import terminate_as_interrupt
 from raydisp.measure import DEFAULT_MAX_TOKENS, DEFAULT_NUM_TEXTS, Measured, measure_condensation
 from raydisp.measure_page import build_panels, render_page
 from raydisp.models_config import GgufModel, HubModel, PathModel
@@ -89,22 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        with terminate_as_interrupt():
-            status = _run(arguments)
-        sys.stdout.flush()
-    except RaydispError as error:
-        _tell(str(error))
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        _tell("interrupted; models that were done have their rows, the same command measures all anew")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read has seen enough (`| head`); what Python still wants to write at exit goes nowhere.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
-    return status
+    return run_command(
+        "raydisp.measure",
+        lambda: _run(arguments),
+        interrupted="interrupted; models that were done have their rows, the same command measures all anew",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    _check_numbers(arguments)
+    _check_arguments(arguments)
     if arguments.figures:
         check_matplotlib()
     told = list(dict.fromkeys(arguments.models))
@@ -221,7 +201,14 @@ def _shows_bars(arguments: argparse.Namespace) -> bool:
     return not arguments.quiet and sys.stderr.isatty()
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    for name, values in (
+        ("MODEL", arguments.models),
+        ("--texts", arguments.texts or ()),
+        ("--out", [arguments.out]),
+    ):
+        if "" in values:
+            raise DataError(f'{name} "" is empty: name a place')
     if arguments.max_tokens < 2:
         raise DataError(f"--max-tokens {arguments.max_tokens} is too few: a cosine takes two tokens")
     for name in ("num_texts", "batch_texts"):

@@ -57,12 +57,12 @@ class Needs:
 
 @functools.cache
 def code_sha256() -> str:
-    """Of all source files of raydisp as this process sees them."""
+    """Of all source files of raydisp as this process sees them, those of its packages too."""
     folder = Path(raydisp.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
 

@@ -14,22 +14,29 @@ function draw(dark, onPaper) {
     if (matchMedia("(pointer: coarse)").matches) themed.layout.dragmode = false;
     // Resizing to the window comes too late for the printer: give the size outright.
     const place = document.getElementById(id);
+    // Below each other on a phone, the names of a long legend would take the drawing's room.
+    const named = figure.data.filter((trace) => trace.name && trace.showlegend !== false).length;
+    if (place.clientWidth < 480 && !place.style.height && named > 4)
+      place.style.height = `calc(23rem + ${18 * (named - 4)}px)`;
     if (onPaper) Object.assign(themed.layout, { width: place.clientWidth, height: place.clientHeight });
-    fit(themed.layout, place.clientWidth);
+    fit(themed.layout, place.clientWidth, place.clientHeight);
     Plotly.react(place, themed.data, themed.layout, config);
   }
 }
-// The title of an axis is one line, which a phone would cut off.
-function fit(layout, width) {
-  const most = Math.floor((width - 70) / 6.5), title = layout.xaxis.title;
-  if (title && title.text && title.text.length > most) {
-    const lines = [""];
-    for (const word of title.text.split(" ")) {
-      if (lines.at(-1) && (lines.at(-1) + " " + word).length > most) lines.push("");
-      lines.push((lines.pop() + " " + word).trim());
-    }
-    title.text = lines.join("<br>");
+// The title of an axis is one line, which a phone, or a low drawing, would cut off.
+function wrap(title, room) {
+  const most = Math.floor(room / 6.5);
+  if (!title || !title.text || title.text.length <= most) return;
+  const lines = [""];
+  for (const word of title.text.split(" ")) {
+    if (lines.at(-1) && (lines.at(-1) + " " + word).length > most) lines.push("");
+    lines.push((lines.pop() + " " + word).trim());
   }
+  title.text = lines.join("<br>");
+}
+function fit(layout, width, height) {
+  wrap(layout.xaxis.title, width - 70);
+  wrap(layout.yaxis.title, height - 140);
   // On a log axis plotly draws all the ticks that it was given.
   const axis = layout.xaxis, room = Math.max(2, Math.floor((width - 100) / 45));
   if (axis.type === "log" && axis.tickvals.length > room) {

@@ -396,10 +396,13 @@ def panel_html(panel: Panel) -> str:
 def _plot_html(plot: Plot, title: str, *, alone: bool) -> str:
     heading = "" if alone else f"<h3>{html.escape(plot.title)}</h3>"
     # As high as its lines of text need: never so low that they lie over each other.
-    height = f' style="height: {max(12, 5 + 1.5 * plot.rows):g}rem"' if plot.rows else ""
+    room = f"height: {max(12, 5 + 1.5 * plot.rows):g}rem; " if plot.rows else ""
+    room += f"min-width: {6 * plot.columns:g}rem; " if plot.columns else ""
+    style = f' style="{room.strip()}"' if room else ""
+    box = f'<div class="wide" tabindex="0" role="region" aria-label="{title}">' if plot.columns else "<div>"
     return (
-        f"<div>{heading}"
-        f'<div class="plot"{height} id="{plot.name}" role="img" aria-label="{title}"></div></div>'
+        f"{box}{heading}"
+        f'<div class="plot"{style} id="{plot.name}" role="img" aria-label="{title}"></div></div>'
     )
 
 

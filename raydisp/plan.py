@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from raydisp import space
 from raydisp.arms import Arms, dimensions, is_dimension
 from raydisp.capacity import Offer
-from raydisp.cluster import Plan, joins_cluster, plan_resources, this_machine
+from raydisp.cluster import Plan, joins_cluster, memory_here, plan_resources, this_machine
 from raydisp.config import StudyConfig
 from raydisp.confirm import describe as describe_confirm
 from raydisp.confirm import known_spread, num_arms, num_seeds
@@ -399,7 +399,8 @@ def make_plan(
     """
     resources = None
     if not joins_cluster(address):
-        resources = plan_resources(study, Offer((this_machine(),)), where="this machine")
+        here = Offer((this_machine(),), head_memory_bytes=memory_here())
+        resources = plan_resources(study, here, where="this machine")
     unchecked: list[str] = []
 
     def look(what: Callable[[], T]) -> T | None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from raydisp import results
 from raydisp.agenda import Agenda
 from raydisp.config import StudyConfig
-from raydisp.tally import Tally
+from raydisp.tally import Tally, told_value
 
 REDRAW_S = 1.0
 """How often the bar is drawn anew at the most."""
@@ -115,7 +115,7 @@ class Progress:
         if row["status"] == "pruned":
             return f"stopped after {row['num_tokens']:,} of {self._full:,} tokens"
         if value is not None:
-            return f"{self.tally.metric} {value:.4f}"
+            return f"{self.tally.metric} {told_value(value)}"
         message = row.get("error_message") or f"no {self.tally.metric}"
         return " ".join(message.split())[:160]
 

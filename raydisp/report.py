@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import yaml
 
-from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError
+from raydisp.boundary import run_command
+from raydisp.errors import OutputError
 from raydisp.page import objectives_of, render, study_panels
 from raydisp.results import Tables, read_tables
-from raydisp.storage import join, read_bytes, resolve, write_bytes
+from raydisp.storage import join, local_absolute, read_bytes, resolve, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -146,22 +147,25 @@ def main(argv: Iterable[str] | None = None) -> int:
         "--host", metavar="H", help="of --watch; 127.0.0.1 by default, so that other machines see nothing"
     )
     arguments = parser.parse_args(None if argv is None else list(argv))
+    if "" in (*arguments.dirs, arguments.out, arguments.figures):
+        parser.error("a place is empty; name the results folder of a study, a FILE or a FOLDER")
     if not arguments.watch and (arguments.port is not None or arguments.host is not None):
         parser.error("--port and --host belong to --watch")
     if arguments.watch and (arguments.out or arguments.figures or len(arguments.dirs) > 1):
         parser.error("--watch serves the report of one study and writes nothing; leave the rest out")
-    try:
-        if arguments.watch:
-            from raydisp.watch import DEFAULT_HOST, watch
+    return run_command("raydisp.report", lambda: _run(arguments))
 
-            watch(arguments.dirs[0], arguments.host or DEFAULT_HOST, arguments.port or 0)
-        else:
-            for place in _make(arguments.dirs, arguments.out, arguments.figures):
-                print(place)
-    except RaydispError as error:
-        print(f"raydisp.report: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return EXIT_DONE
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.watch:
+        from raydisp.watch import DEFAULT_HOST, watch
+
+        watch(arguments.dirs[0], arguments.host or DEFAULT_HOST, arguments.port or 0)
+        return
+    # A study that is named twice is one study.
+    dirs = {local_absolute(place).rstrip("/"): place for place in reversed(arguments.dirs)}
+    for place in _make([*reversed(dirs.values())], arguments.out, arguments.figures):
+        print(place)
 
 
 def _make(dirs: Sequence[str], out: str | None, figures: str | None) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -17,8 +16,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raydisp import compaction, results, storage, trial_list
-from raydisp.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, OutputError, RaydispError, suggest
-from raydisp.interrupts import terminate_as_interrupt
+from raydisp.boundary import run_command
+from raydisp.errors import EXIT_USER_ERROR, OutputError, suggest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,26 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments is None:
         return EXIT_USER_ERROR
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        if arguments.command == "compact":
-            with terminate_as_interrupt():
-                _compact(arguments)
-        elif arguments.diff:
-            _diff(arguments)
-        else:
-            _show(arguments)
-        sys.stdout.flush()
-    except RaydispError as error:
-        print(f"raydisp.results: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on with it.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read has seen enough (`| head`); what Python still wants to write at exit goes nowhere.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_DONE
+    return run_command(
+        "raydisp.results",
+        lambda: _run(arguments),
+        interrupted="interrupted; the same command goes on with it",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "compact":
+        _compact(arguments)
+    elif arguments.diff:
+        _diff(arguments)
+    else:
+        _show(arguments)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace | None:

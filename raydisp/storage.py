@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import uuid
 
 import pyarrow.fs as pafs
@@ -20,16 +21,28 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORES = ("s3", "gs", "gcs")
 
+_SECRETS = re.compile(
+    r"://[^/:@]+:(?!\d+(?:/|$))[^@]*@|[?&][^=&]*(?:password|token|secret|key)[^=&]*=", re.IGNORECASE
+)
+"""A password before the host (a port is none), or a secret among the options of a URI."""
+
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path on it that a local path or a URI (`s3://...`, `gs://...`) means.
 
     Raises:
-        OutputError: there is no such file system, or it cannot be reached.
+        OutputError: there is no such file system, it cannot be reached, or there is a secret in the URI.
     """
     if "\0" in location:
         raise OutputError(f"{location!r} is no path: it holds a null character")
     if "://" in location:
+        if _SECRETS.search(location):
+            # Without what was found: it would stand in a log.
+            raise OutputError(
+                f"{location.partition('://')[0]}://... holds a password or a key, and the place of results "
+                "is written into rows, logs and reports; leave it out and give it by the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), a profile, or a role of the machine"
+            )
         scheme, _, rest = location.partition("://")
         bucket, slash, key = rest.partition("/")
         try:
@@ -61,8 +74,8 @@ def _is_object_store(filesystem: pafs.FileSystem) -> bool:
 
 
 def join(location: str, *parts: str) -> str:
-    """A place below a local path or URI."""
-    return "/".join([location.rstrip("/") or "/", *parts])
+    """A place below a local path or URI; "" is the working directory, as elsewhere."""
+    return "/".join([location.rstrip("/") or location[:1], *parts] if location else parts)
 
 
 def local_absolute(location: str) -> str:
@@ -105,10 +118,12 @@ def write_bytes(location: str, content: bytes) -> None:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+    except IsADirectoryError:
+        raise OutputError(f"{location} cannot be written: it is a folder; name a file") from None
     except OSError as error:
         raise OutputError(
             f"{location} cannot be written: {error.strerror or error}; make the folder writable, free some "
-            "space, or choose another one with --output"
+            "space, or choose another place"
         ) from None
 
 
@@ -273,15 +288,14 @@ def check_writable(study_dir: str) -> None:
     if not isinstance(filesystem, pafs.LocalFileSystem):
         probe = join(study_dir, "_probe")
         write_bytes(probe, b"")
-        filesystem.delete_file(resolve(probe)[1])
+        delete_file(probe)
         return
     existing = path
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         raise OutputError(
-            f"{study_dir} cannot be a results folder: {existing} is a file; "
-            "choose another place with --output"
+            f"{study_dir} cannot be a results folder: {existing} is a file; choose another place"
         )
     try:
         # os.access says yes to root and on read-only mounts of some kinds; a real file tells.
@@ -292,5 +306,5 @@ def check_writable(study_dir: str) -> None:
     except OSError as error:
         raise OutputError(
             f"{study_dir} cannot be written: {existing}: {error.strerror}; make the folder writable "
-            "or choose another one with --output"
+            "or choose another place"
         ) from None

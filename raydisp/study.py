@@ -339,7 +339,6 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
             told = (*verdict.sentences(tables.trials), *task_effects.sentences(benchmarks))
         except VerdictError as error:
             told = (f"The confirm phase cannot be judged: {error}.",)
-    report = build_report(study_dir)
     for note in notes:
         print(note)
     found = analysis.summarise(tables.trials, *objectives)
@@ -355,8 +354,9 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
         first = broken[0]
         message = " ".join((first["error_message"] or "").split())[:200]
         counted += f" (trial {first['trial']}: {message})"
-    print(f"{counted}; see {study_dir}")
-    print(f"Report: {report}")
+    print(f"{counted}; see {study_dir}", flush=True)
+    # Last: what was found is told even where no page can be written.
+    print(f"Report: {build_report(study_dir)}")
     return EXIT_FAILED_TRIALS if broken or failed else EXIT_DONE
 
 

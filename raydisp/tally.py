@@ -268,7 +268,9 @@ class Tally:
 
     def told_best(self) -> str:
         """For example `best val_loss 5.1234 (trial 4)`; nothing where there is none yet."""
-        return "" if self.best is None else f"best {self.metric} {self.best[0]:.4f} (trial {self.best[1]})"
+        if self.best is None:
+            return ""
+        return f"best {self.metric} {told_value(self.best[0])} (trial {self.best[1]})"
 
     def told_speed(self, now: float) -> str:
         """For example `12,300 tokens/s`; nothing where it is not known."""
@@ -300,6 +302,11 @@ def _makespan(busy: Sequence[float], each: Sequence[float], places: int) -> floa
     for seconds in each:
         heapq.heappush(free_at, heapq.heappop(free_at) + seconds)
     return max(free_at, default=0.0)
+
+
+def told_value(value: float) -> str:
+    """For example `5.1234`; `912,345,678` of what is counted in large numbers."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:

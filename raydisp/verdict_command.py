@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from raydisp import results, task_effects, verdict
-from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR, OutputError, RaydispError, VerdictError
+from raydisp.boundary import run_command
+from raydisp.errors import OutputError, VerdictError
 from raydisp.results_command import check_folder, terminal_width
 from raydisp.trial_list import format_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 2 a mistake of the user."""
+    """Run the command line; returns the exit status: 0 done, 2 a mistake of the user, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m raydisp.verdict",
         description="Judge the confirm phase of a study: print what it found, and write the tables verdicts, "
@@ -32,17 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        _judge(arguments.dir, as_json=arguments.json)
-        sys.stdout.flush()
-    except RaydispError as error:
-        print(f"raydisp.verdict: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except BrokenPipeError:
-        # Whoever read has seen enough (`| head`); what Python still wants to write at exit goes nowhere.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_DONE
+    return run_command("raydisp.verdict", lambda: _judge(arguments.dir, as_json=arguments.json))
 
 
 def _judge(place: str, *, as_json: bool) -> None:

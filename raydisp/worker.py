@@ -151,6 +151,7 @@ def run_attempt(assignment: Assignment, report: Report) -> dict[str, Any]:
             raise  # the row is another command's by now
         tokens_per_step = field_of(json.loads(row["config_json"]), "train.global_batch_tokens")
         row.update(describe_failure(error, tokens_per_step))
+        row.update(_told_by_workers(assignment, study))
         max_failures = study.failures.max_failures
         if retries.goes_on([*earlier, row], context_length=context_length, max_failures=max_failures):
             row["status"] = "interrupted"
@@ -352,6 +353,7 @@ def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     study = StudyConfig.model_validate(assignment.study)
     trial = TrialConfig.model_validate(loop_config["trial"])
     node_checks.refuse_other_versions(assignment.packages, assignment.code_sha256)
+    tell_hosts(assignment, study, layout)
     try:
         return train_share(
             assignment, study, trial, loop_config["started"], layout, ray.train.report, notice_to_the_workers
@@ -359,6 +361,42 @@ def _ray_train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     except PreemptedError as error:
         # All workers stop together; an exception would make Ray Train wait for the node to be gone.
         return {"preempted": [error.step, error.reason]}
+
+
+def tell_hosts(assignment: Assignment, study: StudyConfig, layout: Layout) -> None:
+    """Have the row of an attempt name the hosts of its workers from their start, and not that of the driver,
+    which is most often the head: whatever is lost later, it is known where it ran. All workers must call it.
+    """
+    import torch.distributed as dist
+
+    hosts: list[Any] = [socket.gethostname()]
+    if layout.world_size > 1:
+        timeout = datetime.timedelta(seconds=study.failures.collective_timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout)  # on the CPU, whatever the training's is
+        hosts = [None] * layout.world_size
+        dist.all_gather_object(hosts, socket.gethostname(), group=group)
+        dist.destroy_process_group(group)
+    if not layout.is_main:
+        return
+    _refuse_if_taken_over(assignment)
+    try:
+        row = results.read_trial(assignment.study_dir, assignment.trial, assignment.attempt)
+        if row is not None and row["ended_at"] is None:
+            row.update(hostname=", ".join(dict.fromkeys(hosts)), world_size=layout.world_size)
+            results.write_trial(assignment.study_dir, row, space.column_types(study))
+    except (OutputError, OSError) as problem:
+        logger.warning("%s: its row does not name its hosts: %s", assignment.name, problem)
+
+
+def _told_by_workers(assignment: Assignment, study: StudyConfig) -> dict[str, Any]:
+    """What `tell_hosts` has written, for the row of an attempt that failed; {} where that is not known."""
+    if not study.resources.goes_through_ray_train:
+        return {}
+    try:
+        row = results.read_trial(assignment.study_dir, assignment.trial, assignment.attempt)
+    except (OutputError, OSError):
+        return {}
+    return {} if row is None else {name: row[name] for name in ("hostname", "world_size")}
 
 
 def train_share(

@@ -312,11 +312,11 @@ def test_ray_tells_which_node_is_the_head(monkeypatch: pytest.MonkeyPatch) -> No
     from raydisp import cluster
 
     nodes = [
-        {"Alive": True, "Resources": {"CPU": 2.0, "node:__internal_head__": 1.0}},
-        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 2.0, "node:__internal_head__": 1.0, "memory": 3e9}},
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "memory": 9e9}},
         {"Alive": False, "Resources": {"CPU": 99.0}},
     ]
     fake = SimpleNamespace(nodes=lambda: nodes, available_resources=lambda: {"CPU": 7.0})
     monkeypatch.setattr(ray, "nodes", fake.nodes)
     monkeypatch.setattr(ray, "available_resources", fake.available_resources)
-    assert cluster.read_offer(can_grow=False) == Offer((HEAD, BIG), None, Node(7, 0))
+    assert cluster.read_offer(can_grow=False) == Offer((HEAD, BIG), None, Node(7, 0), head_memory_bytes=3e9)

@@ -280,6 +280,7 @@ def test_the_link_of_a_host_is_cut_for_a_minute(up: Up, tree: dict[str, Any], tm
     attempts = results.read_tables(str(folder)).attempts.to_pylist()
     first = [row for row in attempts if row["trial"] == 0]
     assert first[0]["error_type"] in ("WorkerLost", "CollectiveTimeout", "ProcessLost")
+    assert victim.name in hosts_of(first[0]), "the row tells where it ran"
     assert victim.name not in hosts_of(first[1]), "it went on elsewhere"
     check_every_row(tree, folder, tmp_path, {0: 2, 1: 1})
     # Ray's autoscaler starts Ray there again.
@@ -300,7 +301,8 @@ def test_a_host_loses_its_power(up: Up, tree: dict[str, Any], tmp_path: Path) ->
     assert process.returncode == 0, out + err
     attempts = results.read_tables(str(folder)).attempts.to_pylist()
     for row in attempts:
-        assert len(set(hosts_of(row))) == 2 or row["status"] == "interrupted"
+        assert len(set(hosts_of(row))) == 2, "the interrupted attempt names them too"
+    assert victim.name in hosts_of(attempts[0])
     again = [row for row in attempts if (row["trial"], row["attempt"]) == (0, 2)]
     assert victim.name not in hosts_of(again[0])
     check_every_row(tree, folder, tmp_path, {0: 2, 1: 1})

@@ -22,9 +22,10 @@ from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_r
 from test_report import EVIL, read_page, traces
 
 from raydisp import analysis, comparison, report, verdict
+from raydisp.analysis.importance import has_fanova
 from raydisp.analysis.training import MAX_CURVE_POINTS, MAX_CURVES, thin
 from raydisp.figures import build_panels
-from raydisp.figures.chart import Chart, Panel, log_ticks
+from raydisp.figures.chart import Axis, Chart, Panel, Texts, log_ticks
 from raydisp.figures.condensation import against_panel, heat_map_panel, trend_panel
 from raydisp.figures.dose import dose_panel, surface_panel
 from raydisp.figures.fields import importance_panel, parallel_panel
@@ -32,6 +33,7 @@ from raydisp.figures.front import front_panel
 from raydisp.figures.history import history_panel
 from raydisp.figures.interactive import draw
 from raydisp.figures.paper import write_figures
+from raydisp.figures.style import DARK_COLOURS
 from raydisp.figures.training import curves_panel, time_line_panel
 from raydisp.figures.verdict import cost_panel
 from raydisp.search_config import Objective
@@ -189,10 +191,18 @@ def test_fields_side_by_side() -> None:
 def test_importance_finds_the_field_that_matters_and_says_why_not() -> None:
     rows = [trial_row(trial) for trial in range(60)]
     table = analysis.importance(trial_table(rows), VAL_LOSS).to_pylist()
-    assert table[0]["name"] == "dispersion.weight"
-    assert sum(row["importance"] for row in table) == pytest.approx(1.0)
-    assert all(0 <= row["low_90"] <= row["high_90"] <= 1 for row in table)
+    evaluators = ["PED-ANOVA", *(["fANOVA"] if has_fanova() else [])]
+    assert list(dict.fromkeys(row["evaluator"] for row in table)) == evaluators
+    for evaluator in evaluators:
+        own = [row for row in table if row["evaluator"] == evaluator]
+        assert own[0]["name"] == "dispersion.weight"
+        assert sum(row["importance"] for row in own) == pytest.approx(1.0)
+        assert all(0 <= row["low_90"] <= row["high_90"] <= 1 for row in own)
     assert table == analysis.importance(trial_table(rows), VAL_LOSS).to_pylist(), "it repeats itself"
+    panel = importance_panel(trial_table(rows), VAL_LOSS)
+    assert {*marks(panel, "importance-0")} == {*evaluators}
+    assert ("fANOVA, circles" in panel.sentence) == has_fanova()
+    assert ("pip install 'raydisp[importance]'" in panel.sentence) != has_fanova()
     few = importance_panel(trial_table(rows[:10]), VAL_LOSS)
     assert (few.plots, few.sentence) == ([], "No figure: 9 comparable trials, fewer than 10.")
     assert "arms" not in importance_panel(trial_table(rows[:11]), VAL_LOSS).sentence
@@ -208,6 +218,28 @@ def test_importance_of_conditional_and_odd_fields() -> None:
     ]
     found = analysis.importance(trial_table(rows, searched), Objective(metric="val_loss", mode="max"))
     assert {*found["name"].to_pylist()} == {*searched}
+    of_trees = {row["name"] for row in found.to_pylist() if row["evaluator"] == "fANOVA"}
+    assert of_trees == ({*searched} - {"dispersion.temperature"} if has_fanova() else set())
+    equal = [row | {"val_loss": 5.0} for row in rows]
+    found = analysis.importance(trial_table(equal, searched), VAL_LOSS)
+    assert {*found["evaluator"].to_pylist()} == {"PED-ANOVA"}, "of equal values there are no trees"
+
+
+def test_fanova_is_what_optuna_says() -> None:
+    """Importance of a function whose variance is known: 4 of 5 parts from one field, 1 from the other."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'raydisp[importance]'")
+    draw = np.random.default_rng(0)
+    rows = [trial_row(0)]
+    for trial in range(1, 201):
+        weight, temperature = (float(value) for value in draw.uniform(1, 2, 2))
+        doses = {"dispersion.weight": weight, "dispersion.temperature": temperature}
+        rows.append(trial_row(trial, val_loss=5 + 2 * weight + temperature, **doses))
+    found = analysis.importance(trial_table(rows), VAL_LOSS).to_pylist()
+    shares = {row["name"]: row for row in found if row["evaluator"] == "fANOVA"}
+    assert shares["dispersion.weight"]["importance"] == pytest.approx(0.8, abs=0.05)
+    assert shares["dispersion.temperature"]["importance"] == pytest.approx(0.2, abs=0.05)
+    for row in shares.values():
+        assert row["low_90"] < row["importance"] < row["high_90"]
 
 
 def test_the_front_is_drawn_at_equal_tokens(armed: Any) -> None:
@@ -241,6 +273,42 @@ def test_learning_curves_are_means_of_the_steps() -> None:
     assert "A cross ends the line of a pruned trial." in panel.sentence
     ends = marks(panel, "curve-lm-loss")["stopped here"]
     assert ends.x == [25 * sample_studies.TOKENS_PER_STEP] * 2
+
+
+def test_the_best_of_each_arm_has_a_curve_of_its_own(armed: Any) -> None:
+    panel = curves_panel(armed, VAL_LOSS)
+    drawn = marks(panel, "curve-lm-loss")
+    steps = armed.steps.to_pylist()
+    search = [row for row in armed.trials.to_pylist() if row["phase"] == "search"]
+    looks = set()
+    for arm in ("dispersion", "noisy"):
+        best = min((row for row in search if row["arm"] == arm), key=lambda row: row["val_loss"])
+        losses = [row["lm_loss"] for row in steps if row["trial"] == best["trial"]]
+        assert drawn[f"best: {arm}"].y[:-1] == pytest.approx(losses, rel=1e-5)
+        end = drawn[f"end of best: {arm}"]
+        assert end.y == pytest.approx(losses[-1:], rel=1e-5)
+        looks.add((end.colour, end.symbol))
+    assert len(looks) == 2
+    assert "The bold lines are the best of each arm" in panel.sentence
+
+
+def test_of_many_trials_the_curves_say_how_many_are_drawn() -> None:
+    """Failed trials have no curve: fewer lines than there may be are drawn, and it is said all the same."""
+    tables = sample_studies.many(300)
+    panel = curves_panel(tables, VAL_LOSS)
+    drawn = {row["trial"] for row in analysis.learning_curves(tables, VAL_LOSS).to_pylist()}
+    assert len(drawn) <= MAX_CURVES
+    assert f" Drawn: {len(drawn)} of 301 trials, " in panel.sentence
+    assert "Drawn:" not in curves_panel(sample_studies.small(), VAL_LOSS).sentence
+
+
+def test_labels_lie_on_a_ground_where_they_belong() -> None:
+    texts = Texts([0.1, 10.0], [0.0, 1.0], ["<b>low</b>", "high"])
+    chart = Chart(Axis("x", log=True, ends=(0.01, 100)), Axis("y"), [texts])
+    told = draw(chart).to_plotly_json()["layout"]["annotations"]
+    assert [(one["x"], one["y"]) for one in told] == [(-1, 0), (1, 1)]
+    assert [one["text"] for one in told] == ["&lt;b&gt;low&lt;/b&gt;", "high"]
+    assert {one["bgcolor"] for one in told} <= set(DARK_COLOURS), "the page's script exchanges it"
 
 
 @pytest.mark.parametrize("number", [1, 99, 100, 101, 1234])
@@ -468,12 +536,39 @@ def test_studies_are_compared_with_their_own_baselines(
 
 def test_a_comparison_goes_where_the_command_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = sample_studies.write(tmp_path / "one", sample_tables([trial_row(0), trial_row(1)]))
+    other = sample_studies.write(tmp_path / "two", sample_tables([trial_row(0), trial_row(2)]))
     monkeypatch.chdir(tmp_path)
-    assert report.main([place, place]) == 0
+    assert report.main([place, other]) == 0
     assert (tmp_path / "comparison.html").exists()
     assert report.main([place, "--out", str(tmp_path / "elsewhere.html")]) == 0
     assert (tmp_path / "elsewhere.html").exists()
     assert not (tmp_path / "one" / "report.html").exists()
+
+
+def test_a_study_that_is_named_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = sample_studies.write(tmp_path / "one", sample_tables([trial_row(0), trial_row(1)]))
+    monkeypatch.chdir(tmp_path)
+    assert report.main([place, f"{place}/", "one"]) == 0
+    assert not (tmp_path / "comparison.html").exists()
+    assert (tmp_path / "one" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "names"),
+    [
+        ([("r/a", "x"), ("r/b", "y")], ["x", "y"]),
+        ([("r/a", "x"), ("r/b", "x")], ["a", "b"]),
+        ([("q/a", "x"), ("r/a", "x")], ["q/a", "r/a"]),
+        ([("r/y", "x"), ("r/z", "x"), ("r/b", "y")], ["r/y", "z", "r/b"]),
+        ([("q/a", "x"), ("r/a", "x"), ("r/b", "q/a")], ["q/a", "r/a", "r/b"]),
+    ],
+)
+def test_studies_have_names_of_their_own(found: list[tuple[str, str]], names: list[str]) -> None:
+    told = [
+        (folder, sample_tables([trial_row(0, study=name), trial_row(1, study=name)]), {})
+        for folder, name in found
+    ]
+    assert [study.name for study in comparison.named(told)] == names
 
 
 # --- papers --------------------------------------------------------------------------------------------
@@ -532,7 +627,8 @@ def test_figures_are_of_one_study_that_has_some(tmp_path: Path, capsys: pytest.C
     place = sample_studies.write(tmp_path, sample_tables([bare]))
     assert report.main([place, "--figures", str(tmp_path / "f")]) == 2
     assert "has no figure that could be drawn" in capsys.readouterr().err
-    assert report.main([place, place, "--figures", str(tmp_path / "f")]) == 2
+    other = sample_studies.write(tmp_path / "other", sample_tables([bare]))
+    assert report.main([place, other, "--figures", str(tmp_path / "f")]) == 2
     assert "one results folder" in capsys.readouterr().err
 
 

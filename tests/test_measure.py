@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -373,6 +374,37 @@ def test_two_models_become_tables_and_a_page(
     assert duckdb.sql(query).fetchall() == [(4 + 5, 6 + 10)]
 
 
+def test_a_family_is_drawn_over_its_sizes(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three saved models of one family, the largest named first: the page has what `read_models` has."""
+    for width in (16, 24, 48):
+        build("gpt2", width=width).save_pretrained(tmp_path / f"gpt2-{width}")
+        byte_tokenizer().save_pretrained(tmp_path / f"gpt2-{width}")
+    places = [tmp_path / f"gpt2-{width}" for width in (48, 16, 24)]
+    out = tmp_path / "out"
+    run(capsys, *places, "--texts", text_file, "--out", out, "--max-tokens", 40, "--quiet")
+    rows = [row for row, _ in measure_tables.read_models(str(out))]
+    assert [row["name"] for row in rows] == ["gpt2-16", "gpt2-24", "gpt2-48"]
+    sizes = [row["num_parameters"] for row in rows]
+    assert sizes == sorted(sizes)
+    page = Page((out / "condensation.html").read_text())
+    for name, column in (("size-spearman", "spearman"), ("size-last-half", "last_half_mean")):
+        line, *marks = page.figures[name]["data"]
+        assert line["x"] == sizes
+        assert line["y"] == pytest.approx([row[column] for row in rows])
+        points = [mark for mark in marks if mark["mode"] == "markers"]
+        assert [(point["name"], point["x"]) for point in points] == [
+            (row["name"], [size]) for row, size in zip(rows, sizes, strict=True)
+        ]
+        if column == "last_half_mean":
+            errors = [point["error_y"]["array"][0] for point in points]
+            assert errors == pytest.approx([row["last_half_stderr"] for row in rows])
+    ticks = page.figures["size-spearman"]["layout"]["xaxis"]["ticktext"]
+    assert len(ticks) > 1
+    assert f"From gpt2-16 ({measure_page.parameters(sizes[0])}) to gpt2-48" in page.text
+
+
 def test_measuring_again_replaces_a_models_rows(
     folders: dict[str, Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +487,9 @@ MISTAKES = {
     "one token": ("MODEL --texts one.txt --max-tokens 1", "--max-tokens 1 is too few: a cosine takes two"),
     "no texts": ("MODEL --texts one.txt --num-texts 0", "--num-texts 0 must be at least 1"),
     "no batch": ("MODEL --texts one.txt --batch-texts 0", "--batch-texts 0 must be at least 1"),
+    "an empty model": ("'' --texts one.txt", 'MODEL "" is empty'),
+    "an empty text": ("MODEL --texts ''", '--texts "" is empty'),
+    "an empty folder": ("MODEL --texts one.txt --out ''", '--out "" is empty'),
     "no folder": ("MODEL --texts one.txt --out one.txt", "one.txt is a file"),
 }
 
@@ -472,7 +507,7 @@ def test_a_mistake_of_the_user_is_one_sentence(
     Path("one.txt").write_text("x")
     Path("rows.jsonl").write_text('{"body": "some text"}\n')
     command, message = MISTAKES[name]
-    arguments = [str(folders["gpt2"]) if word == "MODEL" else word for word in command.split()]
+    arguments = [str(folders["gpt2"]) if word == "MODEL" else word for word in shlex.split(command)]
     printed, told = run(capsys, *arguments, *([] if "--out" in arguments else ["--out", "out"]), status=2)
     assert printed == ""
     assert told.startswith("raydisp.measure: ")

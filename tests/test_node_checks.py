@@ -118,6 +118,19 @@ def test_a_trial_refuses_a_node_of_other_versions(monkeypatch: pytest.MonkeyPatc
         node_checks.refuse_other_versions({**here, "torch": "0.1"}, code)
 
 
+@pytest.mark.parametrize("file", ["errors.py", "analysis/rows.py", "figures/style.py"])
+def test_a_change_of_any_source_file_is_other_code(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, measure = node_checks.code_sha256(), node_checks.code_sha256.__wrapped__
+    copy = tmp_path / "raydisp"
+    shutil.copytree(Path(raydisp.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(node_checks.raydisp, "__file__", str(copy / "__init__.py"))
+    assert measure() == here, "wherever it lies"
+    (copy / file).write_text((copy / file).read_text() + "\n# changed\n")
+    assert measure() != here
+
+
 @pytest.mark.parametrize(
     ("offer", "num_workers", "starts"),
     [

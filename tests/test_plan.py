@@ -74,6 +74,7 @@ def test_what_cannot_fit_is_told_in_numbers(
 
 HEAD = Node(2, 0, is_head=True)
 GPU_NODES = Growth((NodeGroup("gpu", Node(8, 1), 2),), 2)
+GPU_NODES_200 = Growth((NodeGroup("gpu", Node(8, 1), 200),), 200)
 
 
 def grown(
@@ -121,6 +122,19 @@ def test_nodes_of_unknown_size_are_waited_for(tree: dict[str, Any]) -> None:
         grown(tree, own, Node(8, 0), Node(8, 0), gpus_per_worker=1)  # both are here
 
 
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://127.0.0.1:8265"])
+def test_an_address_of_another_kind_is_told_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Ray Client, whose driver is on no node, and of the dashboard, which `ray job submit` means."""
+    with (
+        pytest.raises(ResourceError, match=f"--address {address} .*ray attach.*ray job submit"),
+        cluster.running_ray(address),
+    ):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ResourceError, match=f"RAY_ADDRESS {address} "), cluster.running_ray(None):
+        pass
+
+
 @pytest.mark.parametrize(
     ("resources", "growth", "text"),
     [
@@ -157,6 +171,28 @@ def test_drivers_are_placed_where_they_take_no_cpu(tree: dict[str, Any]) -> None
     assert (plan.driver_resources, plan.max_concurrent_trials) == (DRIVER_RESOURCES, 1000)
     plan = plan_resources(study, Offer((Node(4000, 0),)), where="here")
     assert (plan.driver_resources, plan.max_concurrent_trials) == (HEADLESS_DRIVER_RESOURCES, 2000)
+
+
+def test_the_drivers_of_all_trials_fit_into_the_heads_memory(tree: dict[str, Any]) -> None:
+    """`auto` is bounded by it where trials have drivers there, a number of the user's is not."""
+
+    def planned(gigabytes: float | None, **resources: Any) -> cluster.Plan:
+        memory = None if gigabytes is None else gigabytes * 2**30
+        offer = Offer((HEAD,), GPU_NODES_200, head_memory_bytes=memory)
+        return plan_resources(with_resources(tree, **resources), offer, where="here")
+
+    tight = planned(7, num_workers=2)
+    assert (tight.max_concurrent_trials, tight.bounded_by_head) == (10, True)
+    assert tight.describe().startswith(
+        "2 workers x 1 CPU + 1 GPU per trial (its driver takes no CPU), 10 trials at a time, for whose "
+        "drivers the head has memory (700 MiB each; resources.max_concurrent_trials overrides it), of which "
+        "none fits"
+    )
+    assert planned(0.1, num_workers=2).max_concurrent_trials == 1, "one always"
+    for plan in (planned(100, num_workers=2), planned(None, num_workers=2), planned(7)):
+        assert (plan.max_concurrent_trials, plan.bounded_by_head) == (100 + (plan.num_workers == 1), False)
+    by_hand = planned(7, num_workers=2, max_concurrent_trials=50)
+    assert (by_hand.max_concurrent_trials, by_hand.bounded_by_head) == (50, False)
 
 
 def test_more_trials_at_a_time_than_random_ones_are_told(study: StudyConfig) -> None:

@@ -407,6 +407,18 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     assert not list(tmp_path.glob("**/report.html"))
 
 
+@pytest.mark.parametrize("arguments", [[""], ["x", "--out", ""], ["x", "--figures", ""]])
+def test_an_empty_place_is_no_place(arguments, tmp_path, monkeypatch, capsys):
+    """As a variable of a shell that is not set gives it: nothing is written anywhere."""
+    write_study(tmp_path / "x", sample_tables([trial_row(0), trial_row(1)]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        report.main(arguments)
+    assert ended.value.code == 2
+    assert "a place is empty" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*.html")) == []
+
+
 def test_command_as_a_module(tmp_path):
     command = [sys.executable, "-m", "raydisp.report", str(tmp_path / "nowhere")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

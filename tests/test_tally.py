@@ -239,6 +239,12 @@ def test_the_line_says_it_all():
     assert Tally(tokens_per_trial=FULL, to_come=range(2)).line(0.0) == "time left not known yet; 2 to come"
 
 
+def test_the_best_of_large_numbers_is_whole():
+    rows = [row(1, peak_memory_bytes=912345678)]
+    tally = Tally(tokens_per_trial=FULL, metric="peak_memory_bytes", finished=rows)
+    assert tally.told_best() == "best peak_memory_bytes 912,345,678 (trial 1)"
+
+
 def test_durations():
     told = [duration(seconds) for seconds in (0.2, 59.4, 61, 3599, 3600, 90_000)]
     assert told == ["0 s", "59 s", "1 min 1 s", "59 min 59 s", "1 h 0 min", "25 h 0 min"]

@@ -141,6 +141,9 @@ class Plot:
     chart: Chart
     rows: int = 0
     """Lines of text along y that the drawing must have room for; 0: the usual height will do."""
+    columns: int = 0
+    """Labels side by side that it must have room for, in a box that scrolls where there is less; 0: any width
+    will do."""
 
 
 @dataclasses.dataclass(frozen=True)

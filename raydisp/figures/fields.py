@@ -5,7 +5,15 @@ from __future__ import annotations
 import pyarrow as pa
 
 from raydisp import analysis
-from raydisp.analysis.importance import MAX_RESAMPLED, MIN_TRIALS, TARGET_QUANTILE
+from raydisp.analysis import Row
+from raydisp.analysis.importance import (
+    FANOVA,
+    MAX_RESAMPLED,
+    MIN_TRIALS,
+    PED_ANOVA,
+    TARGET_QUANTILE,
+    has_fanova,
+)
 from raydisp.figures import words
 from raydisp.figures.chart import (
     Axis,
@@ -19,7 +27,7 @@ from raydisp.figures.chart import (
     Texts,
     shortened,
 )
-from raydisp.figures.style import ACCENT, MUTED
+from raydisp.figures.style import ACCENT, MUTED, WARN
 from raydisp.search_config import Objective
 
 
@@ -82,7 +90,7 @@ def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:
         "passes by a field that its trial did not have; numbers that span more than a factor of 20 are "
         "placed by their logarithm."
     )
-    shown = [Plot("parallel", "", Chart(across, up, marks))]
+    shown = [Plot("parallel", "", Chart(across, up, marks), columns=len(names))]
     return Panel(title, sentence + words.unseen(trials, objective), shown)
 
 
@@ -114,6 +122,7 @@ def importance_panel(trials: pa.Table, objective: Objective) -> Panel:
     title = "Importance of the fields"
     plots: list[Plot] = []
     reasons: list[str] = []
+    drawn: set[str] = set()
     capped = False
     arms = analysis.search_arms(trials)
     for place, arm in enumerate(arms):
@@ -126,41 +135,66 @@ def importance_panel(trials: pa.Table, objective: Objective) -> Panel:
             reasons.append(who + (few if number < MIN_TRIALS else "fewer than two searched fields varied"))
             continue
         capped = capped or rows[0]["num_trials"] > MAX_RESAMPLED
-        spots = [-float(number) for number in range(len(rows))]
-        chart = Chart(
-            Axis("share of the importance", ends=(-0.02, 1.02)),
-            Axis(
-                "",
-                ends=(-len(rows) + 0.4, 0.6),
-                ticks=tuple(
-                    (spot, shortened(row["name"], 28)) for spot, row in zip(spots, rows, strict=True)
-                ),
-                grid=False,
-            ),
-            [
-                Points(
-                    "share, with a 90 % interval",
-                    [row["importance"] for row in rows],
-                    spots,
-                    colour=ACCENT,
-                    symbol="square",
-                    size=10,
-                    x_ends=[(row["low_90"], row["high_90"]) for row in rows],
-                    hover=[f"{row['name']}: {row['importance']:.3f}" for row in rows],
-                    legend=False,
-                )
-            ],
-        )
-        plots.append(Plot(f"importance-{place}", arm, chart, rows=2 * len(rows)))
+        plots.append(Plot(f"importance-{place}", arm, _shares(rows), rows=2 * len(_names(rows))))
+        drawn |= {row["evaluator"] for row in rows}
     if not plots:
         return Panel(title, f"No figure: {'; '.join(reasons) or 'no search trial has completed'}.")
+    metric = objective.metric
     sentence = (
         f"How much each searched field decided whether a trial is among the best {100 * TARGET_QUANTILE:g} % "
-        f"by {objective.metric} (PED-ANOVA; shares of the sum, no unit), at equal tokens; the bars are 90 % "
-        "intervals over resamples of the trials"
-        + (f" (of {MAX_RESAMPLED} each)" if capped else "")
-        + ", and say nothing of other seeds."
+        f"by {metric} (PED-ANOVA"
     )
+    if FANOVA in drawn:
+        sentence += f", squares), and how far {metric} varies with it alone over all trials (fANOVA, circles"
+    sentence += (
+        "; shares of the sum, no unit), at equal tokens; the bars are 90 % intervals over resamples of the"
+    )
+    sentence += f" trials{f' (of {MAX_RESAMPLED} each)' if capped else ''}, and say nothing of other seeds."
+    if not has_fanova():
+        sentence += (
+            " Optuna's fANOVA is drawn beside it where scikit-learn is (pip install 'raydisp[importance]')."
+        )
     if reasons:
         sentence += f" Not drawn: {'; '.join(reasons)}."
     return Panel(title, sentence, plots)
+
+
+def _names(rows: list[Row]) -> list[str]:
+    """The fields, the most important by PED-ANOVA first."""
+    return list(dict.fromkeys(row["name"] for row in rows))
+
+
+def _shares(rows: list[Row]) -> Chart:
+    """Shares with their intervals, a line for each field.
+
+    Args:
+        rows: of `analysis.importance`.
+    """
+    spots = {name: -float(number) for number, name in enumerate(_names(rows))}
+    both = len({row["evaluator"] for row in rows}) > 1
+    marks: list[Mark] = []
+    for evaluator, colour, symbol, shift in (
+        (PED_ANOVA, ACCENT, "square", 0.13 if both else 0.0),
+        (FANOVA, WARN, "circle", -0.13),
+    ):
+        own = [row for row in rows if row["evaluator"] == evaluator]
+        if own:
+            marks.append(
+                Points(
+                    evaluator,
+                    [row["importance"] for row in own],
+                    [spots[row["name"]] + shift for row in own],
+                    colour=colour,
+                    symbol=symbol,
+                    size=10,
+                    x_ends=[(row["low_90"], row["high_90"]) for row in own],
+                    hover=[f"{row['name']}: {row['importance']:.3f} ({evaluator})" for row in own],
+                    legend=both,
+                )
+            )
+    ticks = tuple((spot, shortened(name, 28)) for name, spot in spots.items())
+    return Chart(
+        Axis("share of the importance", ends=(-0.02, 1.02)),
+        Axis("", ends=(-len(spots) + 0.4, 0.6), ticks=ticks, grid=False),
+        marks,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from raydisp.figures.chart import Axis, Band, Chart, Grid, Line, Number, Points, Rule, Texts
-from raydisp.figures.style import ACCENT, GRID, INK, MUTED
+from raydisp.figures.style import ACCENT, GRID, INK, MUTED, PAPER
 
 
 def draw(chart: Chart) -> go.Figure:
@@ -24,7 +24,7 @@ def draw(chart: Chart) -> go.Figure:
         elif isinstance(mark, Line):
             figure.add_scatter(**_line(mark))
         elif isinstance(mark, Texts):
-            figure.add_scatter(**_texts(mark))
+            _add_texts(figure, mark, chart)
         elif isinstance(mark, Band):
             _add_band(figure, mark)
         elif isinstance(mark, Rule):
@@ -133,17 +133,24 @@ def _told(mark: Points | Line) -> dict[str, Any]:
     return told if mark.legend else told | {"showlegend": False}
 
 
-def _texts(mark: Texts) -> dict[str, Any]:
-    return {
-        "x": mark.x,
-        "y": mark.y,
-        "text": [escaped(text) for text in mark.text],
-        "mode": "text",
-        "textposition": "middle right",
-        "textfont": {"size": 11, "color": INK},
-        "hoverinfo": "skip",
-        "showlegend": False,
+def _add_texts(figure: go.Figure, mark: Texts, chart: Chart) -> None:
+    # Annotations and no trace: these may have a ground, without which lines cross out what they run under.
+    look = {
+        "showarrow": False,
+        "xanchor": "left",
+        "yanchor": "middle",
+        "font": {"size": 11, "color": INK},
+        "bgcolor": PAPER,
+        "opacity": 0.85,
+        "borderpad": 1,
     }
+    # Their places on a log axis are exponents, unlike those of marks.
+    places = [
+        [math.log10(place) for place in along] if axis.log else along
+        for along, axis in ((mark.x, chart.x), (mark.y, chart.y))
+    ]
+    for x, y, text in zip(*places, mark.text, strict=True):
+        figure.add_annotation(x=x, y=y, text=escaped(text), **look)
 
 
 def _add_band(figure: go.Figure, mark: Band) -> None:

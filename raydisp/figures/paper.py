@@ -12,7 +12,7 @@ from typing import Any
 
 from raydisp.errors import OutputError
 from raydisp.figures.chart import Axis, Band, Chart, Grid, Line, Panel, Plot, Points, Rule, Texts
-from raydisp.figures.style import GRID, INK, MUTED
+from raydisp.figures.style import GRID, INK, MUTED, PAPER
 from raydisp.storage import join, write_bytes
 
 WIDTH_IN, HEIGHT_IN = 3.4, 2.6
@@ -125,7 +125,13 @@ def _draw_axes(axes: Any, chart: Chart, number: int, num_frames: int) -> None:
         elif isinstance(mark, Texts):
             for x, y, text in zip(mark.x, mark.y, mark.text, strict=True):
                 axes.annotate(
-                    text, (x, y), xytext=(2, 0), textcoords="offset points", va="center", fontsize=6
+                    text,
+                    (x, y),
+                    xytext=(2, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=6,
+                    bbox={"fc": PAPER, "ec": "none", "alpha": 0.85, "pad": 0.6},
                 )
         elif isinstance(mark, Band):
             span = axes.axvspan if mark.axis == "x" else axes.axhspan

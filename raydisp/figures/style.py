@@ -6,7 +6,16 @@ from collections.abc import Iterable
 
 # Figures have the colours of the light page; in the dark, the page's script exchanges them.
 INK, MUTED, GRID, ACCENT, WARN = "#1f2328", "#636c76", "#dfe3e8", "#0072b2", "#d55e00"
-DARK_COLOURS = {INK: "#e6edf3", MUTED: "#9aa4af", GRID: "#30363d", ACCENT: "#56b4e9", "#56b4e9": "#a8d8f5"}
+PAPER = "#fefefe"
+"""Behind labels that lie on lines; not the white that stays white in the dark."""
+DARK_COLOURS = {
+    INK: "#e6edf3",
+    MUTED: "#9aa4af",
+    GRID: "#30363d",
+    ACCENT: "#56b4e9",
+    "#56b4e9": "#a8d8f5",
+    PAPER: "#0f1318",
+}
 
 # Okabe and Ito's palette, with a symbol each so that nothing hangs on colour alone.
 STYLES = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raydisp import analysis
 from raydisp.analysis import Row
 from raydisp.analysis.training import CURVE_MEASURES, MAX_CURVE_POINTS, MAX_CURVES
 from raydisp.figures.chart import Axis, Chart, Line, Mark, Number, Panel, Plot, Points, log_axis, shortened
-from raydisp.figures.style import ACCENT, INK, MUTED, WARN
+from raydisp.figures.style import ACCENT, INK, MUTED, WARN, styles_of
 from raydisp.results import STATUSES, Tables
 from raydisp.search_config import Objective
 
@@ -34,7 +36,7 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
     if not rows:
         return Panel(title, "No figure: no trial of the search has rows of steps or evaluations.")
     plots = []
-    several = len(analysis.search_arms(tables.trials)) > 1
+    arms = analysis.search_arms(tables.trials)
     for measure in CURVE_MEASURES:
         own = [row for row in rows if row["measure"] == measure]
         if own:
@@ -43,13 +45,11 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
             log = measure == "grad_norm" and min(values) > 0 and max(values) > 10 * min(values)
             label = _LABELS[measure]
             axis = log_axis(label, min(values), max(values)) if log else Axis(label)
-            chart = Chart(Axis("tokens seen"), axis, _curves(own, several=several))
+            chart = Chart(Axis("tokens seen"), axis, _curves(own, arms))
             title_of_plot = label.split(" (")[0]
             plots.append(Plot(f"curve-{measure.replace('_', '-')}", title_of_plot, chart))
-    num_drawn, num_all = (
-        len({row["trial"] for row in rows}),
-        analysis.search_trials(tables.trials).num_rows + 1,
-    )
+    num_drawn = len({row["trial"] for row in rows})
+    num_all = tables.trials["phase"].to_pylist().count("search")
     sentence = (
         "Each line is a trial of the search, against the tokens it has seen; points of the steps are means "
         f"over equal numbers of steps, at most {MAX_CURVE_POINTS} to a line, and the last validation sees "
@@ -57,57 +57,78 @@ def curves_panel(tables: Tables, objective: Objective) -> Panel:
     )
     if any(row["kind"] == "pruned" for row in rows):
         sentence += " A cross ends the line of a pruned trial."
-    if num_drawn >= MAX_CURVES and num_drawn < num_all:
+    if len(arms) > 1:
+        sentence += " The bold lines are the best of each arm, and end in the arm's symbol."
+    if num_all > MAX_CURVES:
         sentence += (
-            f" Drawn: {num_drawn} trials, the baseline and the best among them, the others evenly chosen."
+            f" Drawn: {num_drawn} of {num_all:,} trials, the baseline and the best among them, the others "
+            "evenly chosen."
         )
     return Panel(title, sentence, plots)
 
 
-def _curves(rows: list[Row], *, several: bool) -> list[Mark]:
+def _curves(rows: list[Row], arms: Sequence[str]) -> list[Mark]:
+    """Lines of each kind of trial; of several arms the best has a line, a colour and an end of its own.
+
+    Args:
+        rows: of `analysis.learning_curves`, of one measure.
+        arms: of the search but the baseline.
+    """
+    styles = styles_of(arms)
     marks: list[Mark] = []
     for kind, (name, colour, width, dash, opacity) in _KINDS.items():
-        paths: dict[int, list[Row]] = {}
-        for row in rows:
-            if row["kind"] == kind:
+        own = [row for row in rows if row["kind"] == kind]
+        groups = [(name, colour, "x", own)]
+        if kind == "best" and len(arms) > 1:
+            groups = [
+                (f"best: {shortened(arm)}", *styles[arm], [row for row in own if row["arm"] == arm])
+                for arm in arms
+            ]
+        for label, ink, symbol, group in groups:
+            paths: dict[int, list[Row]] = {}
+            for row in group:
                 paths.setdefault(row["trial"], []).append(row)
-        if not paths:
-            continue
-        x: list[Number] = []
-        y: list[Number] = []
-        hover: list[str] = []
-        for trial, path in paths.items():
-            x += [*(row["num_tokens"] for row in path), None]
-            y += [*(float(f"{row['value']:.6g}") for row in path), None]
-            hover += [f"trial {trial}, {path[0]['arm']}"] * len(path) + [""]
-        symbol = "circle" if all(len(path) < 12 for path in paths.values()) and kind != "other" else ""
-        marks.append(
-            Line(
-                "best of each arm" if kind == "best" and several else name,
-                x,
-                y,
-                colour=colour,
-                width=width,
-                dash=dash,
-                opacity=opacity,
-                symbol=symbol,
-                hover=hover,
-            )
-        )
-        if kind == "pruned":
-            ends = [path[-1] for path in paths.values()]
+            if not paths:
+                continue
+            x: list[Number] = []
+            y: list[Number] = []
+            hover: list[str] = []
+            for trial, path in paths.items():
+                x += [*(row["num_tokens"] for row in path), None]
+                y += [*(_rounded(row) for row in path), None]
+                hover += [f"trial {trial}, {path[0]['arm']}"] * len(path) + [""]
+            dotted = all(len(path) < 12 for path in paths.values()) and kind != "other"
             marks.append(
-                Points(
-                    "stopped here",
-                    [row["num_tokens"] for row in ends],
-                    [float(f"{row['value']:.6g}") for row in ends],
-                    colour=colour,
-                    symbol="x",
-                    size=8,
-                    legend=False,
+                Line(
+                    label,
+                    x,
+                    y,
+                    colour=ink,
+                    width=width,
+                    dash=dash,
+                    opacity=opacity,
+                    symbol="circle" if dotted else "",
+                    hover=hover,
                 )
             )
+            if kind == "pruned" or len(groups) > 1:
+                ends = [path[-1] for path in paths.values()]
+                marks.append(
+                    Points(
+                        "stopped here" if kind == "pruned" else f"end of {label}",
+                        [row["num_tokens"] for row in ends],
+                        [_rounded(row) for row in ends],
+                        colour=ink,
+                        symbol=symbol,
+                        size=8,
+                        legend=False,
+                    )
+                )
     return marks
+
+
+def _rounded(row: Row) -> float:
+    return float(f"{row['value']:.6g}")
 
 
 def time_line_panel(tables: Tables) -> Panel:
