@@ -19,6 +19,7 @@ import pyarrow as pa
 from raydisp import columns, measure_tables, studyfile, verdict
 from raydisp.errors import EXIT_DONE, EXIT_USER_ERROR
 from raydisp.field_reference import Entry, Group, anchor, groups
+from raydisp.train_config import EFFORT_FIELDS
 
 COMMAND = "python -m raydisp.reference"
 
@@ -150,7 +151,7 @@ def _field_table(entries: Sequence[Entry], told: set[str]) -> str:
 def _may_change() -> str:
     whole = ", ".join(f"`{name}`" for name in studyfile.EFFORT)
     search = ", ".join(f"`search.{name}`" for name in studyfile.LENGTH_FIELDS)
-    train = ", ".join(f"`train.{name}`" for name in studyfile.EFFORT_FIELDS)
+    train = ", ".join(f"`train.{name}`" for name in EFFORT_FIELDS)
     return f"- the sections {whole}\n- {search}\n- {train}\n- `confirm`, until its plan is frozen"
 
 
