@@ -20,6 +20,8 @@ from test_verdict import SEEDS, change, keep, plan, rows_of, shifted
 
 from raydisp import results, storage, task_effects, verdict
 from raydisp.errors import VerdictError
+from raydisp.figures import benchmark_panel
+from raydisp.figures.paper import write_figures
 from raydisp.report import build_report
 from raydisp.verdict import main
 
@@ -255,6 +257,21 @@ def test_the_command_the_table_and_the_page(tmp_path: Path, capsys: pytest.Captu
     plain = write(tmp_path / "plain", [row | {"config_json": "{}"} for row in rows])
     build_report(plain)
     assert "<h2>Benchmarks" not in (tmp_path / "plain" / "report.html").read_text()
+
+
+def test_the_figure_has_both_errors(tmp_path: Path) -> None:
+    rows = list(effects(confirmed()).values())
+    panel = benchmark_panel(rows)
+    assert panel is not None
+    _, over_items, over_seeds = panel.plots[0].chart.marks
+    quiz = [row for row in rows if row["benchmark"] == QUIZ]
+    assert over_seeds.x == [100 * row["difference"] for row in quiz]
+    assert over_seeds.x_ends == [(100 * row["low_95"], 100 * row["high_95"]) for row in quiz]
+    halves = [(high - low) / 200 for low, high in over_items.x_ends]
+    assert halves == pytest.approx([1.96 * row["items_stderr"] for row in quiz])
+    assert len(write_figures([panel], str(tmp_path))) == 2, "PNG and SVG"
+    assert benchmark_panel([row for row in rows if row["benchmark"] == PROSE]) is None
+    assert benchmark_panel([{**row, "items_stderr": None, "low_95": None} for row in quiz]) is not None
 
 
 def test_items_of_the_search_are_not_read(tmp_path: Path) -> None:
