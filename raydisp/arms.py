@@ -123,11 +123,11 @@ def _explicit(study: StudyConfig, name: str) -> Arm:
 
 def _shared(space: Mapping[str, Any], fixed: Values, own: Mapping[str, Any]) -> Values:
     """The shared fields that mean something in an arm: not those it sets, nor any of a term of weight 0."""
-    off = fixed.get("dispersion.weight") == 0
+    off = [part for part in ("dispersion", "distillation") if fixed.get(f"{part}.weight") == 0]
     kept = {
         name: dimension
         for name, dimension in space.items()
-        if name not in fixed and name not in own and not (off and name.startswith("dispersion."))
+        if name not in fixed and name not in own and name.split(".")[0] not in off
     }
     # A field whose condition looks at one that is not searched here would never be.
     return {

@@ -16,6 +16,9 @@ EXIT_DONE, EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 class RaydispError(Exception):
     """A mistake that the user can mend; its text is complete without a traceback."""
 
+    hub_unreachable = False
+    """Whether all that is wrong is that the Hugging Face hub does not answer now."""
+
 
 class ConfigError(RaydispError):
     """The study file, or an override of it, says something that is not allowed."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from raydisp import space
 from raydisp.arms import Arms, dimensions, is_dimension
@@ -16,10 +17,10 @@ from raydisp.confirm import warnings as confirm_warnings
 from raydisp.confirm_runs import Work, read_work
 from raydisp.corpus import CorpusSummary
 from raydisp.data import cache_folder, check_data
-from raydisp.errors import ConfigError
+from raydisp.errors import ConfigError, RaydispError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_embeddings
-from raydisp.models_config import PathModel
+from raydisp.models_config import PathModel, ScratchModel
 from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac, full_tokens
@@ -29,11 +30,15 @@ from raydisp.trial_words import (
     describe_embeddings,
     describe_evaluations,
     describe_model,
+    describe_teacher,
     describe_training,
     num_evaluations,
     rounded,
 )
+from raydisp.vocabulary import check_shared_vocabulary
 from raydisp.warm_start import WarmStart, read_warm_starts
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class StudyPlan:
     study: StudyConfig
     study_dir: str
     work: Work
-    model: ModelSummary
+    model: ModelSummary | None
+    """None: the hub was not there to tell."""
     corpus: CorpusSummary
     resources: Plan | None
     """None where a cluster is joined that has not been asked yet."""
@@ -53,6 +59,11 @@ class StudyPlan:
 
     cluster: Offer | None = None
     """The cluster that was asked; None: it is this machine, or was not."""
+
+    teacher: ModelSummary | None = None
+    """Of `distillation.teacher`; None: there is none, or the hub was not there to tell."""
+    unchecked: tuple[str, ...] = ()
+    """What could not be looked at, because the hub does not answer: sentences."""
 
     def needs(self, lease_id: str | None) -> Needs:
         """What every node of a cluster must have.
@@ -73,8 +84,8 @@ class StudyPlan:
         return (
             f"{study.name}: {count(self.work.num_trials(study), 'trial')} to run "
             f"({self._count_trials()}), "
-            f"{study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each, "
-            f"{rounded(self.model.num_parameters)} parameters."
+            f"{study.num_steps:,} steps = {self._tokens_per_trial:,} tokens each"
+            + (f", {rounded(self.model.num_parameters)} parameters." if self.model else ".")
         )
 
     def _count_trials(self) -> str:
@@ -98,7 +109,11 @@ class StudyPlan:
         study, search = self.study, self.study.search
         lines = [
             ("study", f"{study.name} -> {self.study_dir}"),
-            ("model", describe_model(study, self.model)),
+            ("model", describe_model(study.model, self.model)),
+            *[
+                ("teacher" if index == 0 else "", text)
+                for index, text in enumerate(describe_teacher(study, self.teacher))
+            ],
             ("data", self._describe_corpus()),
             ("trials", self._describe_trials()),
             ("training", describe_training(study)),
@@ -130,6 +145,7 @@ class StudyPlan:
             *[("cluster" if index == 0 else "", text) for index, text in enumerate(self._describe_cluster())],
             ("disk", self._describe_disk()),
         ]
+        lines += [("unchecked" if index == 0 else "", text) for index, text in enumerate(self.unchecked)]
         warnings = self.warnings()
         lines += [("warning" if index == 0 else "", text) for index, text in enumerate(warnings)]
         lines.append(("", "Dry run: nothing was started or written."))
@@ -298,6 +314,8 @@ class StudyPlan:
 
     def _describe_disk(self) -> str:
         study = self.study
+        if self.model is None:
+            return "not known without the size of the model"
         # Measured: a step row compresses to about 60 bytes, a layer row with its histogram to about 400.
         layers = num_evaluations(study) * (self.model.num_layers + 1)
         per_trial = 20_000 + 60 * study.num_steps + 400 * layers
@@ -338,36 +356,76 @@ def concurrency_warning(study: StudyConfig, concurrent: int) -> str | None:
 
 
 def make_plan(
-    study: StudyConfig, study_dir: str, address: str | None, *, retry_failed: bool = False
+    study: StudyConfig,
+    study_dir: str,
+    address: str | None,
+    *,
+    retry_failed: bool = False,
+    dry_run: bool = False,
 ) -> StudyPlan:
     """Check everything that can be checked without starting Ray, and plan the study.
 
     Args:
         retry_failed: trials that failed are to be run again.
+        dry_run: nothing is going to start: what only the hub knows is left unchecked where it does not
+            answer, and the plan says so.
     Raises:
         RaydispError: data, model or machines do not allow it.
     """
     resources = None
     if not joins_cluster(address):
         resources = plan_resources(study, Offer((this_machine(),)), where="this machine")
-    model = model_summary(study.model, study.data.context_length)
-    _check_layers(study, model)
-    if isinstance(study.model, PathModel):
-        load_tokenizer(study.model)
-    corpus = check_data(study.trial, cache_folder(study.output))
+    unchecked: list[str] = []
+
+    def ask(find: Callable[[], _T]) -> _T | None:
+        try:
+            return find()
+        except RaydispError as problem:
+            if not (dry_run and problem.hub_unreachable):
+                raise
+            if str(problem) not in unchecked:
+                unchecked.append(str(problem))
+            return None
+
+    model, teacher = _ask_models(study, ask)
+    if model is not None:
+        _check_layers(study, model)
+    if isinstance(study.tokenizer_model, PathModel):
+        load_tokenizer(study.tokenizer_model)
+    corpus = ask(lambda: check_data(study.trial, cache_folder(study.output)))
     if study.confirm is not None:
         known_spread(study)  # now, and not when the search is over
     work = read_work(study, study_dir, retry_failed=retry_failed)
+    arms = [arm.study for arm in Arms(study).all]
     return StudyPlan(
         study,
         study_dir,
         work,
         model,
-        corpus,
+        corpus or CorpusSummary(f"{getattr(study.data, 'path', '')} of the hub", None, None, None),
         resources,
         read_warm_starts(study),
-        forgets_head=any(_may_forget(arm.study) and _may_be_tied(arm.study) for arm in Arms(study).all),
+        forgets_head=bool(ask(lambda: any(_may_forget(one) and _may_be_tied(one) for one in arms))),
+        teacher=teacher,
+        unchecked=tuple(unchecked),
     )
+
+
+def _ask_models(
+    study: StudyConfig, ask: Callable[[Callable[[], Any]], Any]
+) -> tuple[ModelSummary | None, ModelSummary | None]:
+    """Sizes of the model and of its teacher, which must have one vocabulary; None: not known, or none."""
+    model, section, context = study.model, study.distillation.teacher, study.data.context_length
+    if section is None:
+        return ask(lambda: model_summary(model, context)), None
+    teacher: ModelSummary | None = ask(lambda: model_summary(section, context))
+    if teacher is not None:
+        ask(lambda: check_shared_vocabulary(study.trial))
+    if isinstance(model, ScratchModel):
+        if teacher is None:
+            return None, None
+        model = model.model_copy(update={"vocab_size": teacher.vocab_size})
+    return ask(lambda: model_summary(model, context)), teacher
 
 
 def _may_forget(study: StudyConfig) -> bool:

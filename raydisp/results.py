@@ -78,6 +78,7 @@ TRIAL_COLUMNS: dict[str, pa.DataType] = {
     "first_batch_sha256": pa.string(),  # token ids of the first step, over all workers
     "last_batch_sha256": pa.string(),
     "model_revision": pa.string(),
+    "teacher_revision": pa.string(),  # of distillation.teacher; null without one
     "code_version": pa.string(),
     "packages_json": pa.string(),
     "error_type": pa.string(),
@@ -96,9 +97,14 @@ STEP_SCHEMA = pa.schema(
         ("attempt", pa.int32()),
         ("step", pa.int64()),  # steps done: 1 is after the first
         ("num_tokens", pa.int64()),
-        ("loss", pa.float64()),  # lm_loss + weight x dispersion_loss
+        # (1 - distillation.weight) x lm_loss + distillation.weight x distillation_loss
+        # + dispersion_weight x dispersion_loss
+        ("loss", pa.float64()),
         ("lm_loss", pa.float64()),  # nats per token
         ("dispersion_loss", pa.float64()),  # unweighted; null where the weight is 0
+        ("dispersion_weight", pa.float64()),  # in this step, as dispersion.schedule has it
+        # T^2 KL(teacher || student), nats per token, unweighted; null without a teacher
+        ("distillation_loss", pa.float64()),
         ("grad_norm", pa.float64()),  # before clipping
         ("learning_rate", pa.float64()),  # with active_forgetting, of all weights but the input embeddings
         ("elapsed_s", pa.float64()),  # training time since the trial's first step, over its attempts

@@ -143,7 +143,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> StudyPlan:
-    return make_plan(study, study_dir, arguments.address, retry_failed=arguments.retry_failed)
+    return make_plan(
+        study,
+        study_dir,
+        arguments.address,
+        retry_failed=arguments.retry_failed,
+        dry_run=arguments.dry_run,
+    )
 
 
 def _on_its_cluster(plan: StudyPlan, arguments: argparse.Namespace) -> StudyPlan:
