@@ -132,10 +132,10 @@ def _explicit(study: StudyConfig, name: str) -> Arm:
 def _shared(space: Mapping[str, Any], fixed: Values, own: Mapping[str, Any]) -> Values:
     """The shared fields that mean something in an arm: not those it sets, nor any of a term of weight 0, nor
     those whose condition cannot hold."""
-    off = fixed.get("dispersion.weight") == 0
+    off = [part for part in ("dispersion", "distillation") if fixed.get(f"{part}.weight") == 0]
     kept: Values = {}
     for name, dimension in space.items():
-        if name in fixed or name in own or (off and name.startswith("dispersion.")):
+        if name in fixed or name in own or name.split(".")[0] in off:
             continue
         open_conditions = {}
         for parent, values in condition(dimension).items():

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from raydisp.layers import HiddenStateCapture, num_hidden_layers, resolve_layers, unwrap
 from raydisp.losses import check_settings, dispersion_loss
+from raydisp.schedules import WeightSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class DispersionTerm:
     Args:
         model: a decoder-only Hugging Face model, also wrapped by `torch.compile`, DDP or FSDP2.
         weight: what the caller multiplies the loss with; kept here, not applied.
+        schedule: what share of the weight counts in each step; None: all of it, always.
         variant, temperature, clamp, margin, max_tokens: as in `raydisp.losses.dispersion_loss`.
         layers: as in `raydisp.layers.resolve_layers`.
     Raises:
@@ -55,6 +57,7 @@ class DispersionTerm:
         margin: float = 0.5,
         layers: str | Sequence[int] = "all",
         max_tokens: int | None = None,
+        schedule: WeightSchedule | None = None,
     ) -> None:
         if not math.isfinite(weight):
             raise ValueError(f"weight = {weight} must be a finite number.")
@@ -65,12 +68,18 @@ class DispersionTerm:
         self.clamp = clamp
         self.margin = margin
         self.max_tokens = max_tokens
+        self.schedule = schedule
         self._capture = HiddenStateCapture(model, resolve_layers(layers, num_hidden_layers(model)))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers that carry a hook now; empty after `remove`."""
         return tuple(self._capture.handles)
+
+    def weight_at(self, step: int) -> float:
+        """The weight in a step, counted from 0."""
+        share = 1.0 if self.schedule is None else self.schedule(step)
+        return self.weight * share if share else 0.0
 
     def recording(self) -> AbstractContextManager[None]:
         """Within it, a forward pass of the model is caught."""
@@ -125,10 +134,13 @@ class AttachedDispersion:
 
     Attributes:
         term: the `DispersionTerm`; its `weight` and settings may be changed between steps.
+        step: optimiser steps done, for a term with a schedule: set it before each step, or let
+            `raydisp.trainer_callback.DispersionSteps` do so in a `transformers.Trainer`.
     """
 
     def __init__(self, model: nn.Module, term: DispersionTerm, generator: torch.Generator | None) -> None:
         self.term = term
+        self.step: int | None = None
         self._generator = generator
         self._recording = False
         self._warned = False
@@ -145,6 +157,13 @@ class AttachedDispersion:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         self._recording = model.training and torch.is_grad_enabled()
+        if self._recording and self.term.schedule is not None:
+            if self.step is None:
+                raise RuntimeError(
+                    "The weight of the attached dispersion loss follows a schedule, and no step is known: "
+                    "set the handle's `step` before each step, or give Trainer the callback DispersionSteps."
+                )
+            self._recording = self.term.weight_at(self.step) != 0.0
         if self._recording:
             self.term.start()
 
@@ -159,7 +178,7 @@ class AttachedDispersion:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None  # an attention pattern, not one mark per token
         dispersion = self.term.loss(mask, self._generator)
-        added = self.term.weight * _share_of_batch(kwargs) * dispersion
+        added = self.term.weight_at(self.step or 0) * _share_of_batch(kwargs) * dispersion
         if isinstance(outputs, tuple):
             return (outputs[0] + added, *outputs[1:]) if kwargs.get("labels") is not None else None
         if outputs.get("loss") is None and not self._warned:
@@ -221,6 +240,7 @@ def attach_dispersion(
     margin: float = 0.5,
     max_tokens: int | None = None,
     generator: torch.Generator | None = None,
+    schedule: WeightSchedule | None = None,
 ) -> AttachedDispersion:
     """Make a Hugging Face causal language model add the dispersion loss to `outputs.loss` while it trains.
 
@@ -233,6 +253,8 @@ def attach_dispersion(
         model: attach before `torch.compile` first runs it; wrapping in DDP or FSDP2 may come before or after.
         weight: factor of the term.
         generator: what `max_tokens` draws positions from; None is torch's global generator.
+        schedule: of the weight over the steps, of which the handle must then be told (`step`); in those where
+            it is 0 the outputs are the model's own. None: the weight is the same in all.
         variant, layers, temperature, clamp, margin, max_tokens: as in `DispersionTerm`.
     Returns:
         A handle whose `remove()` undoes it.
@@ -248,5 +270,6 @@ def attach_dispersion(
         margin=margin,
         layers=layers,
         max_tokens=max_tokens,
+        schedule=schedule,
     )
     return AttachedDispersion(model, term, generator)

@@ -111,6 +111,7 @@ TRIALS: Columns = {
     "model_revision": Column(
         pa.string(), "commit of a model of the hub, hash of a local one; null from scratch"
     ),
+    "teacher_revision": Column(pa.string(), "the same of `distillation.teacher`; null without one"),
     "code_version": Column(pa.string(), "of raydisp, with the commit of its checkout where there is one"),
     "packages_json": Column(pa.string(), "versions of Python and the packages that matter, as JSON"),
     "error_type": Column(pa.string(), "class of the error that ended the trial; null where none did"),
@@ -130,10 +131,18 @@ STEPS: Columns = {
     "attempt": _ATTEMPT,
     "step": Column(pa.int64(), "steps done: 1 is after the first", "steps"),
     "num_tokens": _NUM_TOKENS,
-    "loss": Column(pa.float64(), "what was optimised: `lm_loss` + weight x `dispersion_loss`"),
+    "loss": Column(
+        pa.float64(),
+        "what was optimised: (1 - `distillation.weight`) x `lm_loss` + `distillation.weight` x "
+        "`distillation_loss` + `dispersion_weight` x `dispersion_loss`",
+    ),
     "lm_loss": Column(pa.float64(), "cross-entropy of the global batch", NATS),
     "dispersion_loss": Column(
         pa.float64(), "mean over the chosen layers, unweighted; null where the weight is 0"
+    ),
+    "dispersion_weight": Column(pa.float64(), "in this step, as `dispersion.schedule` has it"),
+    "distillation_loss": Column(
+        pa.float64(), "T² KL(teacher, student), unweighted; null without a teacher", NATS
     ),
     "grad_norm": Column(pa.float64(), "global norm of the gradient before clipping"),
     "learning_rate": Column(

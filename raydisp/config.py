@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from raydisp.confirm_config import ArmsConfig, ConfirmConfig
 from raydisp.data_config import DataConfig
+from raydisp.distillation_config import DistillationConfig
 from raydisp.layers import resolve_layers
 from raydisp.models_config import ModelConfig, ScratchModel
 from raydisp.resources_config import FailuresConfig, ResourcesConfig
@@ -104,6 +105,7 @@ class TrialConfig(Section):
     dispersion: DispersionConfig = DispersionConfig()
     noisy_embedding: NoisyEmbeddingConfig = NoisyEmbeddingConfig()
     active_forgetting: ActiveForgettingConfig = ActiveForgettingConfig()
+    distillation: DistillationConfig = DistillationConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: Annotated[
@@ -159,6 +161,15 @@ class TrialConfig(Section):
     def steps_between(self, every_tokens: int | None) -> int | None:
         """Steps in an interval given in tokens, rounded up; None where there is no interval."""
         return None if every_tokens is None else -(-every_tokens // self.train.global_batch_tokens)
+
+    @property
+    def tokenizer_model(self) -> ModelConfig:
+        """The model whose tokenizer makes the tokens: its own, or the teacher of one from scratch.
+
+        Also where the teacher is switched off (weight 0): all arms of a study have the same tokens.
+        """
+        teacher = self.distillation.teacher
+        return teacher if teacher is not None and isinstance(self.model, ScratchModel) else self.model
 
     @property
     def log_spaced_steps(self) -> tuple[int, ...]:

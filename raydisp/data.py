@@ -189,10 +189,11 @@ def _open_corpus(trial: TrialConfig, cache_dir: str) -> Corpus:
 
 
 def _key(trial: TrialConfig, found: Corpus) -> str:
-    if isinstance(trial.model, ScratchModel):
-        tokenizer = f"bpe {trial.model.vocab_size} tokenizers {importlib.metadata.version('tokenizers')}"
+    model = trial.tokenizer_model
+    if isinstance(model, ScratchModel):
+        tokenizer = f"bpe {model.vocab_size} tokenizers {importlib.metadata.version('tokenizers')}"
     else:
-        tokenizer = models.tokenizer_identity(trial.model)
+        tokenizer = models.tokenizer_identity(model)
     # Which files a corpus came from is left out: `sha256` says what they hold.
     settings = trial.data.model_dump(mode="json", exclude={"paths", "path", "name", "revision"})
     identity = {"format": FORMAT, "data": found.sha256, "tokenizer": tokenizer, "settings": settings}
@@ -290,10 +291,11 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _tokenizer(trial: TrialConfig, data_revision: str | None) -> Any:
-    if not isinstance(trial.model, ScratchModel):
-        return models.load_tokenizer(trial.model)
+    model = trial.tokenizer_model
+    if not isinstance(model, ScratchModel):
+        return models.load_tokenizer(model)
     texts = (text for split, _, text in corpus.split_documents(trial.data, data_revision) if split == "train")
-    return train_tokenizer(_first_bytes(texts, TOKENIZER_BYTES), trial.model.vocab_size)
+    return train_tokenizer(_first_bytes(texts, TOKENIZER_BYTES), model.vocab_size)
 
 
 def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
@@ -328,9 +330,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def _tokenizer_words(trial: TrialConfig, tokenizer: Any) -> str:
-    if isinstance(trial.model, ScratchModel):
+    model = trial.tokenizer_model
+    if isinstance(model, ScratchModel):
         return f"byte-level BPE of {len(tokenizer)} tokens, trained on the training split"
-    name = getattr(trial.model, "id", None) or getattr(trial.model, "path", "")
+    name = getattr(model, "id", None) or getattr(model, "path", "")
     return f"{type(tokenizer).__name__} of {name}, end of text {tokenizer.eos_token!r}"
 
 

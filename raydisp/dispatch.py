@@ -42,6 +42,8 @@ class Launch:
     """Name and namespace of the actor that stops trials; None: nobody does."""
     data_sha256: str | None = None
     """Of the study's data."""
+    teacher_revision: str | None = None
+    """Of `distillation.teacher`."""
     lease: str | None = None
     """Of the results folder; a trial that finds another one there stops."""
     code_sha256: str | None = None
@@ -84,6 +86,7 @@ class Launch:
             packages=self.packages,
             stop_rule=self.stop_rule if stops else None,
             data_sha256=self.data_sha256,
+            teacher_revision=self.teacher_revision,
             lease=self.lease,
             confirm_json=confirm_json,
             keep_model=keep_model,

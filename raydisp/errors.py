@@ -16,8 +16,8 @@ EXIT_DONE, EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 class RaydispError(Exception):
     """A mistake that the user can mend; its text is complete without a traceback."""
 
-    unreachable = False
-    """Whether nothing is known to be wrong: the hub, which would know, does not answer."""
+    hub_unreachable = False
+    """Whether all that is wrong is that the Hugging Face hub does not answer now."""
 
 
 class ConfigError(RaydispError):

@@ -172,7 +172,7 @@ def _entry(prefix: str, name: str, field: FieldInfo, schema: Schema, links: Mapp
         allowed(told, links),
         None if field.is_required() else _as_yaml(default),
         _description(told),
-        may_be_searched(part, inner) if of_trial else None,
+        may_be_searched(part, inner.partition(".")[0]) if of_trial else None,
         in_identity(part, inner.partition(".")[0]) if of_trial else None,
     )
 

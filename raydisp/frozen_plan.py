@@ -32,7 +32,7 @@ TEST = (
 )
 
 
-METHODS = ("dispersion", "noisy_embedding", "active_forgetting")
+METHODS = ("dispersion", "noisy_embedding", "active_forgetting", "distillation")
 """Sections of a trial that are what is compared; all else should be the same, or tuned alike."""
 
 

@@ -96,13 +96,13 @@ def resolve(
     except Exception as problem:
         found = _in_cache(repo_id, revision, repo_type)
         if found is None:
-            unanswered = error(
+            unreachable = error(
                 f"{where}{at} is not in the local cache and the hub does not answer "
                 f"({type(problem).__name__}: {one_line(problem)}); connect to the network, or download it "
                 f"where there is one and name the folder"
             )
-            unanswered.unreachable = True
-            raise unanswered from None
+            unreachable.hub_unreachable = True
+            raise unreachable from None
         logger.info("%s: the hub does not answer, using the cached commit %s", where, found.name)
         return Commit(found.name, online=False, snapshot=found)
     if info.sha is None:

@@ -39,6 +39,8 @@ def prepare_launch(
     plan = plan_resources(study, offer, where=describe_place(offer, address))
     cache_dir = cache_folder(study.output)
     revision = resolve_revision(study.model)
+    teacher = study.distillation.teacher
+    teacher_revision = None if teacher is None else resolve_revision(teacher)
     prepared = _prepare_data(study, cache_dir, quiet=quiet)
     return Launch(
         study=study,
@@ -51,6 +53,7 @@ def prepare_launch(
         packages=package_versions(tasks=bool(study.evaluate.tasks)),
         plan=plan,
         data_sha256=read_meta(prepared)["data_sha256"],
+        teacher_revision=teacher_revision,
         # On a machine of one's own the code is that of the moment, whoever edits it.
         code_sha256=code_sha256() if len(offer.nodes) > 1 or offer.growth is not None else None,
     )
@@ -68,6 +71,7 @@ def refuse_other_content(launch: Launch, agenda: Agenda) -> None:
     found = {
         "data_sha256": launch.data_sha256,
         "model_revision": launch.model_revision,
+        "teacher_revision": launch.teacher_revision,
     }
     for row in [*agenda.finished, *agenda.resumed]:
         for column, now in found.items():

@@ -19,13 +19,15 @@ def micro_batch_sequences(trial: TrialConfig, layout: Layout, *, vocab_size: int
     """Sequences per forward pass of one worker.
 
     `auto` bounds the float32 logits, which dominate in small models, to 256 MiB on a CPU and 2 GiB on a GPU;
-    logits, their gradient and the softmax then take about three times that.
+    logits, their gradient and the softmax then take about three times that. Where a teacher is beside the
+    model, its logits and the gradient of the divergence from them are as large; all five then take no more.
     """
     mine = trial.sequences_per_step // layout.world_size
     if trial.train.micro_batch_tokens != "auto":
         return min(mine, trial.train.micro_batch_tokens // trial.data.context_length)
-    limit_bytes = 2**31 if layout.device.type == "cuda" else 2**28
-    per_sequence = trial.data.context_length * vocab_size * 4
+    limit_bytes = 3 * (2**31 if layout.device.type == "cuda" else 2**28)
+    copies = 5 if trial.distillation.is_on else 3
+    per_sequence = copies * trial.data.context_length * vocab_size * 4
     return min(mine, max(1, limit_bytes // per_sequence))
 
 

@@ -103,6 +103,17 @@ def ties_embeddings(model: ModelConfig) -> bool:
     return bool(_pretrained_config(model, None).get_text_config().tie_word_embeddings)
 
 
+def vocabulary_size(model: HubModel | PathModel | GgufModel, revision: str | None = None) -> int:
+    """Tokens that the model predicts, from the configuration alone; at least those of its tokenizer.
+
+    Args:
+        revision: commit of a hub model; None resolves it anew.
+    Raises:
+        ModelError: the model is not there.
+    """
+    return int(_pretrained_config(model, revision).get_text_config().vocab_size)
+
+
 def _count_scratch_parameters(model: ScratchModel, context_length: int) -> int:
     """By arithmetic: torch and transformers take seconds to import, and the command needs them for nothing
     else."""
@@ -259,7 +270,8 @@ def _load_pretrained(
     changed = set_dropout(config, model.dropout)
     if changed:
         logger.info(
-            "model.dropout = %g set in %s",
+            "%s.dropout = %g set in %s",
+            model.place,
             model.dropout,
             ", ".join(f"{name} (was {old:g})" for name, old in changed.items()),
         )
@@ -270,13 +282,13 @@ def _load_pretrained(
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ModelError(
-            f"{_where(model)} lacks {len(missing)} weights of a {type(built).__name__} ({missing[0]} is the "
+            f"{named(model)} lacks {len(missing)} weights of a {type(built).__name__} ({missing[0]} is the "
             "first), which would be left random; name a complete causal language model"
         )
     rows = built.get_input_embeddings().weight.shape[0]
     if vocab_size is not None and vocab_size > rows:
         raise ModelError(
-            f"{_where(model)} has {rows} token embeddings, fewer than the {vocab_size} tokens of its "
+            f"{named(model)} has {rows} token embeddings, fewer than the {vocab_size} tokens of its "
             "tokenizer; its tokenizer belongs to another model"
         )
     built.config.use_cache = False
@@ -340,19 +352,19 @@ def load_tokenizer(model: HubModel | PathModel | GgufModel, revision: str | None
         tokenizer = AutoTokenizer.from_pretrained(**place)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(
-            f"{_where(model)} comes without a tokenizer; put its tokenizer files (tokenizer.json) beside the "
+            f"{named(model)} comes without a tokenizer; put its tokenizer files (tokenizer.json) beside the "
             "weights"
         )
     if tokenizer.eos_token_id is None:
         for name in ("sep_token", "bos_token"):
             token = getattr(tokenizer, name)
             if token is not None:
-                logger.warning("%s has no eos_token; its %s %r ends documents", _where(model), name, token)
+                logger.warning("%s has no eos_token; its %s %r ends documents", named(model), name, token)
                 tokenizer.eos_token = token
                 break
         else:
             raise ModelError(
-                f"{_where(model)}: its tokenizer has no eos_token, sep_token or bos_token to put between "
+                f"{named(model)}: its tokenizer has no eos_token, sep_token or bos_token to put between "
                 "documents; set eos_token in its tokenizer_config.json"
             )
     return tokenizer
@@ -361,14 +373,15 @@ def load_tokenizer(model: HubModel | PathModel | GgufModel, revision: str | None
 # --- where a pretrained model lies --------------------------------------------------------------------
 
 
-def _where(model: ModelConfig) -> str:
+def named(model: ModelConfig) -> str:
+    """Where a model stands in a study file and what it is, for a sentence: `model.id = "gpt2"`."""
     if isinstance(model, HubModel):
-        return f'model.id = "{model.id}"'
-    return f'model.path = "{model.path}"' if isinstance(model, PathModel | GgufModel) else "model"
+        return f'{model.place}.id = "{model.id}"'
+    return f'{model.place}.path = "{model.path}"' if isinstance(model, PathModel | GgufModel) else model.place
 
 
 def _commit(model: HubModel, revision: str | None) -> hub.Commit:
-    return hub.resolve(model.id, revision or model.revision, "model", where=_where(model), error=ModelError)
+    return hub.resolve(model.id, revision or model.revision, "model", where=named(model), error=ModelError)
 
 
 def _model_folder(model: PathModel) -> Path:
@@ -376,11 +389,11 @@ def _model_folder(model: PathModel) -> Path:
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
         raise ModelError(
-            f"{_where(model)} {state} (looked for {folder.absolute()}); "
+            f"{named(model)} {state} (looked for {folder.absolute()}); "
             "name a folder written by save_pretrained"
         )
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{_where(model)} holds no config.json; name a folder written by save_pretrained")
+        raise ModelError(f"{named(model)} holds no config.json; name a folder written by save_pretrained")
     return folder
 
 
@@ -388,16 +401,16 @@ def _gguf_file(model: GgufModel) -> Path:
     path = Path(model.path).expanduser()
     if not path.is_file():
         state = "is a folder" if path.exists() else "does not exist"
-        raise ModelError(f"{_where(model)} {state} (looked for {path.absolute()}); name one GGUF file")
+        raise ModelError(f"{named(model)} {state} (looked for {path.absolute()}); name one GGUF file")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(
-            f"{_where(model)} is not a GGUF file: it begins with {magic!r}, not b'GGUF'; "
-            "for a folder written by save_pretrained use model.source = path"
+            f"{named(model)} is not a GGUF file: it begins with {magic!r}, not b'GGUF'; "
+            f"for a folder written by save_pretrained use {model.place}.source = path"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{_where(model)} needs the package gguf: pip install raydisp[gguf]")
+        raise ModelError(f"{named(model)} needs the package gguf: pip install raydisp[gguf]")
     return path
 
 
@@ -420,8 +433,8 @@ def _place(model: HubModel | PathModel | GgufModel, revision: str | None) -> dic
         }
     if os.path.isdir(model.id):
         raise ModelError(
-            f"{_where(model)} is also a folder here ({os.path.abspath(model.id)}), which transformers would "
-            "read instead of the hub; use model.source = path for the folder, or run from elsewhere"
+            f"{named(model)} is also a folder here ({os.path.abspath(model.id)}), which transformers would "
+            f"read instead of the hub; use {model.place}.source = path for the folder, or run from elsewhere"
         )
     commit = _commit(model, revision)
     return {
@@ -451,11 +464,11 @@ def _model_errors(model: ModelConfig, what: str = "model") -> Iterator[None]:
     except Exception as problem:
         if "trust_remote_code" in str(problem):
             raise ModelError(
-                f"{_where(model)} comes with Python code of its own; read it, and set "
-                "model.trust_remote_code = true to run it"
+                f"{named(model)} comes with Python code of its own; read it, and set "
+                f"{model.place}.trust_remote_code = true to run it"
             ) from None
         raise ModelError(
-            f"{_where(model)}: its {what} cannot be loaded ({type(problem).__name__}: "
+            f"{named(model)}: its {what} cannot be loaded ({type(problem).__name__}: "
             f"{hub.one_line(problem)}); check that it is complete and one that transformers knows"
         ) from problem
 
@@ -471,7 +484,7 @@ def _check_causal(model: ModelConfig, config: Any) -> None:
     if config.model_type not in CAUSAL or (architectures and not known.intersection(architectures)):
         kind = ", ".join(architectures) or config.model_type
         raise ModelError(
-            f"{_where(model)} is a {kind}, not a causal language model; name one whose architecture is like "
+            f"{named(model)} is a {kind}, not a causal language model; name one whose architecture is like "
             "GPT2LMHeadModel or LlamaForCausalLM"
         )
 
@@ -480,7 +493,7 @@ def _check_positions(model: ModelConfig, config: Any, context_length: int) -> No
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and context_length > positions:
         raise ModelError(
-            f"{_where(model)} has {positions} positions, fewer than data.context_length = {context_length}; "
+            f"{named(model)} has {positions} positions, fewer than data.context_length = {context_length}; "
             f"lower data.context_length to {positions} or less"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from raydisp.section import Int, PositiveInt, Section
 
 class ScratchModel(Section):
     """A causal language model of the given sizes with fresh random weights (drawn from the trial's seed)."""
+
+    place: ClassVar[str] = "model"
 
     source: Annotated[Literal["scratch"], Field(description="fresh random weights")]
     family: Annotated[Literal["gpt2", "llama", "qwen3"], Field(description="architecture")] = "gpt2"
@@ -24,7 +26,13 @@ class ScratchModel(Section):
     ] = None
     ffn_size: Annotated[PositiveInt | None, Field(description="MLP width; null: 4 x hidden_size")] = None
     vocab_size: Annotated[
-        Int, Field(ge=300, le=1_000_000, description="of the byte-level BPE trained on the training split")
+        Int,
+        Field(
+            ge=300,
+            le=1_000_000,
+            description="of the byte-level BPE trained on the training split; left out where there is a "
+            "distillation.teacher, whose vocabulary it is then",
+        ),
     ] = 4096
     tie_embeddings: Annotated[bool, Field(description="output head shares the input embedding")] = True
     dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="in every dropout of the model")] = 0.0
@@ -52,6 +60,9 @@ class ScratchModel(Section):
 
 
 class _Pretrained(Section):
+    place: ClassVar[str] = "model"
+    """Where in a study file it stands, for the sentences of mistakes."""
+
     dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="set in every dropout of the model")] = 0.0
 
 

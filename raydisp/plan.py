@@ -20,7 +20,7 @@ from raydisp.data import cache_folder, check_data
 from raydisp.errors import ConfigError, RaydispError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_embeddings
-from raydisp.models_config import PathModel
+from raydisp.models_config import PathModel, ScratchModel
 from raydisp.node_checks import Needs
 from raydisp.search_config import Median, choices_of
 from raydisp.stopping import brackets, expected_frac, full_tokens
@@ -31,13 +31,15 @@ from raydisp.trial_words import (
     describe_embeddings,
     describe_evaluations,
     describe_model,
+    describe_teacher,
     describe_training,
     num_evaluations,
     rounded,
 )
+from raydisp.vocabulary import check_shared_vocabulary
 from raydisp.warm_start import WarmStart, read_warm_starts
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,8 @@ class StudyPlan:
     study_dir: str
     work: Work
     model: ModelSummary | None
-    """None where the hub, which has it, does not answer; `unchecked` says so."""
-    corpus: CorpusSummary | None
-    """As `model`."""
+    """None: the hub was not there to tell."""
+    corpus: CorpusSummary
     resources: Plan | None
     """None where a cluster is joined that has not been asked yet."""
     warm_starts: list[WarmStart]
@@ -60,10 +61,12 @@ class StudyPlan:
     cluster: Offer | None = None
     """The cluster that was asked; None: it is this machine, or was not."""
 
-    unchecked: tuple[str, ...] = ()
-    """What could not be looked at, and why: a plan with any is only for reading."""
+    teacher: ModelSummary | None = None
+    """Of `distillation.teacher`; None: there is none, or the hub was not there to tell."""
     tasks: Checked = field(default_factory=Checked)
     """Benchmarks, as far as they could be looked at."""
+    unchecked: tuple[str, ...] = ()
+    """What could not be looked at, because the hub does not answer: sentences."""
 
     def needs(self, lease_id: str | None) -> Needs:
         """What every node of a cluster must have.
@@ -82,7 +85,7 @@ class StudyPlan:
     @property
     def _corpus_bytes(self) -> int:
         """Of text; 0 where it is not known."""
-        return 0 if self.corpus is None else self.corpus.num_bytes or 0
+        return self.corpus.num_bytes or 0
 
     def headline(self) -> str:
         """One line: what is about to run."""
@@ -115,7 +118,11 @@ class StudyPlan:
         study, search = self.study, self.study.search
         lines = [
             ("study", f"{study.name} -> {self.study_dir}"),
-            ("model", describe_model(study, self.model)),
+            ("model", describe_model(study.model, self.model)),
+            *[
+                ("teacher" if index == 0 else "", text)
+                for index, text in enumerate(describe_teacher(study, self.teacher))
+            ],
             ("data", self._describe_corpus()),
             ("trials", self._describe_trials()),
             ("training", describe_training(study)),
@@ -276,10 +283,6 @@ class StudyPlan:
 
     def _describe_corpus(self) -> str:
         corpus = self.corpus
-        if corpus is None:
-            data = self.study.data
-            path = getattr(data, "path", data.source)
-            return f"{path} from the hub; sequences of {data.context_length} tokens"
         parts = [corpus.source]
         if corpus.num_documents is not None:
             parts.append(f"{corpus.num_documents:,} documents")
@@ -340,7 +343,7 @@ class StudyPlan:
     def _describe_disk(self) -> str:
         study, model = self.study, self.model
         if model is None:
-            return "not known before the model is"
+            return "not known without the size of the model"
         # Measured: a step row compresses to about 60 bytes, a layer row with its histogram to about 400.
         layers = num_evaluations(study) * (model.num_layers + 1)
         per_trial = 20_000 + 60 * study.num_steps + 400 * layers
@@ -386,14 +389,14 @@ def make_plan(
     address: str | None,
     *,
     retry_failed: bool = False,
-    bear_unreachable: bool = False,
+    dry_run: bool = False,
 ) -> StudyPlan:
     """Check everything that can be checked without starting Ray, and plan the study.
 
     Args:
         retry_failed: trials that failed are to be run again.
-        bear_unreachable: plan without what only the hub knows (model, data, data of tasks), where it does
-            not answer.
+        dry_run: nothing is going to start: what only the hub knows (models, data, data of tasks) is left
+            unchecked where it does not answer, and the plan says so.
     Raises:
         RaydispError: data, model, tasks or machines do not allow it.
     """
@@ -403,39 +406,58 @@ def make_plan(
         resources = plan_resources(study, here, where="this machine")
     unchecked: list[str] = []
 
-    def look(what: Callable[[], T]) -> T | None:
+    def ask(find: Callable[[], _T]) -> _T | None:
         try:
-            return what()
-        except RaydispError as error:
-            if not (bear_unreachable and error.unreachable):
+            return find()
+        except RaydispError as problem:
+            if not (dry_run and problem.hub_unreachable):
                 raise
-            unchecked.append(str(error))
+            if str(problem) not in unchecked:
+                unchecked.append(str(problem))
             return None
 
-    model = look(lambda: model_summary(study.model, study.data.context_length))
+    model, teacher = _ask_models(study, ask)
     if model is not None:
         _check_layers(study, model)
-    if isinstance(study.model, PathModel):
-        load_tokenizer(study.model)
-    corpus = look(lambda: check_data(study.trial, cache_folder(study.output)))
+    if isinstance(study.tokenizer_model, PathModel):
+        load_tokenizer(study.tokenizer_model)
+    corpus = ask(lambda: check_data(study.trial, cache_folder(study.output)))
     if study.confirm is not None:
         known_spread(study)  # now, and not when the search is over
     work = read_work(study, study_dir, retry_failed=retry_failed)
     # A study that has run already needs neither the harness nor its data to be reported.
-    tasks = check(study.evaluate, may_be_offline=bear_unreachable) if work.num_trials(study) else Checked()
+    tasks = check(study.evaluate, may_be_offline=dry_run) if work.num_trials(study) else Checked()
+    arms = [arm.study for arm in Arms(study).all]
     return StudyPlan(
         study,
         study_dir,
         work,
         model,
-        corpus,
+        corpus or CorpusSummary(f"{getattr(study.data, 'path', '')} from the hub", None, None, None),
         resources,
         read_warm_starts(study),
-        forgets_head=model is not None
-        and any(_may_forget(arm.study) and _may_be_tied(arm.study) for arm in Arms(study).all),
-        unchecked=tuple(unchecked),
+        forgets_head=bool(ask(lambda: any(_may_forget(one) and _may_be_tied(one) for one in arms))),
+        teacher=teacher,
         tasks=tasks,
+        unchecked=tuple(unchecked),
     )
+
+
+def _ask_models(
+    study: StudyConfig, ask: Callable[[Callable[[], Any]], Any]
+) -> tuple[ModelSummary | None, ModelSummary | None]:
+    """Sizes of the model and of its teacher, which must have one vocabulary; None: not known, or none."""
+    model, section, context = study.model, study.distillation.teacher, study.data.context_length
+    if section is None:
+        return ask(lambda: model_summary(model, context)), None
+    teacher: ModelSummary | None = ask(lambda: model_summary(section, context))
+    if teacher is not None:
+        ask(lambda: check_shared_vocabulary(study.trial))
+    if isinstance(model, ScratchModel):
+        if teacher is None:
+            return None, None
+        model = model.model_copy(update={"vocab_size": teacher.vocab_size})
+    return ask(lambda: model_summary(model, context)), teacher
 
 
 def _may_forget(study: StudyConfig) -> bool:

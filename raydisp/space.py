@@ -27,7 +27,14 @@ KeyPath = tuple[str | int, ...]
 Values = dict[str, Any]
 """Searched values of one trial: dotted field name -> value as in the study file."""
 
-NOT_SEARCHED = ("seed", "evaluate", "checkpoint", "train.budget_tokens", "dispersion.allow_negative_weight")
+NOT_SEARCHED = (
+    "seed",
+    "evaluate",
+    "checkpoint",
+    "train.budget_tokens",
+    "dispersion.allow_negative_weight",
+    "distillation.teacher",
+)
 """What cannot vary within a search: comparisons would no longer be fair."""
 
 

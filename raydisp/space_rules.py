@@ -5,6 +5,7 @@ Each rule looks at one part of a study and returns the place in the file and a s
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from raydisp.arms import Arms, is_dimension
 from raydisp.config import StudyConfig, TrialConfig, with_fields
 from raydisp.confirm_config import BASELINE
 from raydisp.errors import suggest
+from raydisp.schedules import FRACTIONS
 from raydisp.search_config import Range, choices_of, condition, label
 from raydisp.space import (
     MAX_GRID,
@@ -40,22 +42,30 @@ def find_problem(study: StudyConfig, explain: Explain) -> Problem | None:
         explain: makes a sentence of a validation error and the tree of values that it is about.
     """
     if study.arms is not None:
-        return _problem_of_arms(study, explain) or _problem_of_confirm(study)
-    if not study.search.space:
+        problem = _problem_of_distillation(study) or _problem_of_arms(study, explain)
+    elif not study.search.space:
         return ("search", "space"), (
             "search.space is empty: there is nothing to search; name at least one field of a trial"
         )
-    return _problem_of_search(study, explain) or _problem_of_confirm(study)
+    else:
+        problem = _problem_of_distillation(study) or _problem_of_search(study, explain)
+    return problem or _problem_of_confirm(study)
 
 
 def _problem_of_search(study: StudyConfig, explain: Explain) -> Problem | None:
     for name, dimension in study.search.space.items():
-        problem = _problem_of_dimension(study, name, dimension, explain) or _problem_of_condition(study, name)
+        # What holds for a value is asked where it is searched: conditions first.
+        problem = _problem_of_condition(study, name) or _problem_of_dimension(study, name, dimension, explain)
         if problem:
             return problem
     if not study.search.space:
         return None
-    return _problem_of_sampler(study) or _problem_of_points(study) or _problem_of_scheduler(study)
+    return (
+        _problem_of_schedule(study)
+        or _problem_of_sampler(study)
+        or _problem_of_points(study)
+        or _problem_of_scheduler(study)
+    )
 
 
 def _problem_of_arms(study: StudyConfig, explain: Explain) -> Problem | None:
@@ -139,6 +149,25 @@ def _problem_of_several(study: StudyConfig, arms: Arms) -> Problem | None:
     return None
 
 
+def _problem_of_distillation(study: StudyConfig) -> Problem | None:
+    """What a teacher decides, and what means nothing without one."""
+    places: list[KeyPath] = [("search", "space", name) for name in study.search.space]
+    places += [("arms", arm, name) for arm, fields in (study.arms or {}).items() for name in fields]
+    for place in places:
+        name = str(place[-1])
+        if study.distillation.teacher is None and name.startswith("distillation."):
+            return place, (
+                f"{name} varies between trials, and there is no distillation.teacher; name one, "
+                "such as {source: hub, id: gpt2}, or leave it out"
+            )
+        if study.distillation.teacher is not None and name == "model.vocab_size":
+            return place, (
+                "model.vocab_size varies between trials, and a student has the vocabulary of its teacher "
+                "(distillation.teacher); leave it out"
+            )
+    return None
+
+
 def _unpairs(name: str) -> bool:
     """Whether two trials that differ in a field have other initial weights, data or batches."""
     part = name.split(".")[0]
@@ -206,12 +235,23 @@ def _problem_of_dimension(study: StudyConfig, name: str, dimension: Any, explain
                 return (*place, part), f"{shown}.{part} = {end} is not a whole number, and {name} is one"
     elif len({label(value) for value in values_of(dimension)}) < len(values_of(dimension)):
         return place, f"{shown} names a value twice; keep one of each"
-    for key, value in _corners(dimension):
-        problem = _problem_with(study, {name: value}, explain)
-        if problem:
-            at = f"{shown}[{key}]" if isinstance(key, int) else f"{shown}.{key}"
-            return (*place, key), f"{at} = {json.dumps(value)} is not allowed: {problem}"
+    for where in _where_searched(study, name):
+        for key, value in _corners(dimension):
+            problem = _problem_with(study, {**where, name: value}, explain)
+            if problem:
+                at = f"{shown}[{key}]" if isinstance(key, int) else f"{shown}.{key}"
+                return (*place, key), f"{at} = {json.dumps(value)} is not allowed: {problem}"
     return None
+
+
+def _where_searched(study: StudyConfig, name: str) -> Iterator[dict[str, Any]]:
+    """Values of other fields with which a dimension is searched: all combinations that a condition names."""
+    parents = condition(study.search.space[name])
+    for values in itertools.product(*parents.values()):
+        above = [next(_where_searched(study, parent)) for parent in parents]
+        yield {key: value for one in above for key, value in one.items()} | dict(
+            zip(parents, values, strict=True)
+        )
 
 
 def _problem_of_condition(study: StudyConfig, name: str) -> Problem | None:
@@ -233,6 +273,21 @@ def _problem_of_condition(study: StudyConfig, name: str) -> Problem | None:
             if label(value) not in allowed:
                 told = ", ".join(map(str, choices))
                 return place, f'{shown}["{parent}"] = {json.dumps(value)} is not one of its values ({told})'
+    return None
+
+
+def _problem_of_schedule(study: StudyConfig) -> Problem | None:
+    """A fraction of one schedule is searched with that schedule alone."""
+    schedules = choices_of(study.search.space.get("dispersion.schedule", [])) or []
+    for setting, schedule in FRACTIONS.items():
+        name = f"dispersion.{setting}"
+        dimension = study.search.space.get(name, [])
+        others = [other for other in schedules if other != schedule]
+        if name in study.search.space and others and "dispersion.schedule" not in condition(dimension):
+            return ("search", "space", name), (
+                f'search.space["{name}"] is of schedule {schedule} alone, and dispersion.schedule may be '
+                f"{', '.join(others)} too; add when: {{dispersion.schedule: [{schedule}]}}"
+            )
     return None
 
 

@@ -148,7 +148,7 @@ def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> 
         study_dir,
         arguments.address,
         retry_failed=arguments.retry_failed,
-        bear_unreachable=arguments.dry_run,
+        dry_run=arguments.dry_run,
     )
 
 

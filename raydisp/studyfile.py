@@ -297,6 +297,9 @@ def _real_path(finding: Mapping[str, Any], tree: Any) -> KeyPath:
     node = tree
     for index, key in enumerate(location):
         in_mapping = isinstance(node, dict) and key in node
+        following = location[index + 1 : index + 2]
+        if in_mapping and key == node.get("source") and following and following[0] in node:
+            continue  # the name of a member that is called like one of its keys: {source: path, path: ...}
         in_list = isinstance(node, list) and isinstance(key, int) and key < len(node)
         if in_mapping or in_list:
             node = node[key]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from raydisp.attach import DispersionTerm
 from raydisp.checkpoint import CheckpointFolder, Saved
 from raydisp.config import TrialConfig
 from raydisp.data import BatchLoader, TokenBlocks
-from raydisp.embeddings import ActiveForgetting, EmbeddingNoise
+from raydisp.distillation import Teacher, distillation_losses, make_teacher
+from raydisp.embeddings import EmbeddingNoise
 from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.evaluate import Evaluation, evaluate, token_losses
-from raydisp.layers import unwrap
 from raydisp.memory import (
     is_out_of_memory,
     keep_freed_memory,
@@ -32,6 +32,7 @@ from raydisp.memory import (
     peak_memory_bytes,
     reset_peak_memory,
 )
+from raydisp.methods import make_forgetting, make_noise, make_term, model_config, settings_in_use
 from raydisp.optimizer import allocate_moments, make_optimizer, set_learning_rate, training_tensors
 from raydisp.parallel import (
     Layout,
@@ -167,6 +168,7 @@ def train(
     test_blocks: TokenBlocks | None = None,
     benchmarks: Benchmarks | None = None,
     on_end: Callable[[nn.Module], None] | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainResult:
     """Train a model as the trial says.
 
@@ -192,6 +194,7 @@ def train(
         on_end: called once on all workers after the last evaluation of a training that came to its end, with
             the trained model in its wrapper (DDP's) and, under fsdp, in shards. Its time and its memory do
             not count.
+        teacher: where the trial distils: another such model, with the same vocabulary; changed in place.
     Raises:
         DivergedError: the loss or the gradient is not finite; raised on all workers at the same step,
             before the optimizer used it.
@@ -210,6 +213,7 @@ def train(
     wrapped = parallelise(model, layout, trial.train, precision)
     optimizer = make_optimizer(model, trial.train)
     forgetting = make_forgetting(model, optimizer, trial)
+    taught_by = make_teacher(teacher, trial, device=layout.device, precision=precision)
     micro = micro_batch_sequences(trial, layout, vocab_size=model_config(model).vocab_size)
     num_steps, tokens_per_step = trial.num_steps, trial.train.global_batch_tokens
     progress = _Progress.start(trial, precision)
@@ -314,13 +318,16 @@ def train(
                         micro,
                         autocast,
                         noise=noise,
+                        teacher=taught_by,
                         loss_scale=scale,
                     )
                     grad_norm = clip_gradients(model.parameters(), trial.train.grad_clip, unscale=1 / scale)
                 # The one wait for the device in a step. The numbers are the same on all workers: all of them
                 # use this gradient, or none.
-                lm_loss, dispersion, norm = torch.stack([*losses, grad_norm.to(losses[0])]).tolist()
-                loss = lm_loss + (term.weight * dispersion if term is not None else 0.0)
+                *parts, norm = torch.stack([*losses, grad_norm.to(losses.lm)]).tolist()
+                lm_loss, dispersion, distilled = parts
+                weight = 0.0 if term is None else term.weight_at(step)
+                loss = total_loss(StepLosses(*parts), weight, taught_by)
                 decisive = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
                 if not math.isfinite(decisive[1]):
                     progress.skip_step(*decisive, fail=trial.train.on_nonfinite == "fail")
@@ -338,7 +345,9 @@ def train(
                             "num_tokens": done * tokens_per_step,
                             "loss": loss,
                             "lm_loss": lm_loss,
-                            "dispersion_loss": dispersion if term is not None else None,
+                            "dispersion_loss": dispersion if weight != 0.0 else None,
+                            "dispersion_weight": weight,
+                            "distillation_loss": distilled if taught_by is not None else None,
                             "grad_norm": norm,
                             "learning_rate": lr,
                             "elapsed_s": elapsed_s(),
@@ -368,7 +377,9 @@ def train(
             if test_blocks is not None:
                 test = measure(num_steps, test_blocks, "test", None)
             report(num_steps, final)
-        used = settings_in_use(model, optimizer, term, trial, noise=noise, forgetting=forgetting)
+        used = settings_in_use(
+            model, optimizer, term, trial, noise=noise, forgetting=forgetting, teacher=taught_by
+        )
         if checkpoints is not None:
             checkpoints.wait()
         train_s, peak_memory = elapsed_s(), peak_memory_bytes(layout.device)
@@ -453,6 +464,30 @@ def _memory_limit_told(step: int, micro_batch_tokens: int) -> Iterator[None]:
         raise OutOfMemoryError(step, micro_batch_tokens, reason) from error
 
 
+Number = TypeVar("Number", float, Tensor)
+
+
+class StepLosses(NamedTuple, Generic[Number]):
+    """What a step's loss is made of, over the global batch; none of it weighted."""
+
+    lm: Number
+    """Cross-entropy, nats per token."""
+    dispersion: Number
+    """0 where the term is off."""
+    distillation: Number
+    """T^2 KL(teacher || student), nats per token; 0 without a teacher."""
+
+
+def total_loss(losses: StepLosses[Number], dispersion_weight: float, teacher: Teacher | None) -> Number:
+    """(1 - alpha) x cross-entropy + alpha x distillation + weight x dispersion: what is made small."""
+    loss = losses.lm
+    if teacher is not None:
+        loss = (1.0 - teacher.weight) * loss + teacher.weight * losses.distillation
+    if dispersion_weight != 0.0:
+        loss = loss + dispersion_weight * losses.dispersion
+    return loss
+
+
 def accumulate_gradients(
     model: nn.Module,
     batch: Tensor,
@@ -464,37 +499,45 @@ def accumulate_gradients(
     autocast: AbstractContextManager[Any],
     *,
     noise: EmbeddingNoise | None = None,
+    teacher: Teacher | None = None,
     loss_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> StepLosses[Tensor]:
     """Forward and backward over this worker's share of the global batch, in micro-batches.
 
-    The cross-entropy is normalised by the predicted tokens of the global batch and the dispersion by its
-    sequences, so that neither the number of workers nor of micro-batches changes the sum.
+    Cross-entropy and distillation are normalised by the predicted tokens of the global batch and the
+    dispersion by its sequences, so that neither the number of workers nor of micro-batches changes the sum.
 
     Args:
         model: wrapped; gradients are added to its parameters.
         batch: [B, L] int64, this worker's sequences.
-        term: None: no dispersion.
+        term: None: no dispersion; where its weight in this step is 0, it is as if there were none.
+        step: counted from 0.
         noise: None: none on the input embeddings.
+        teacher: None: the text alone is learnt.
         loss_scale: factor of the gradients, as fp16 needs one.
     Returns:
-        (cross-entropy, dispersion) of the global batch: scalars, float64, the second unweighted.
+        Scalars, float64, of the global batch.
     """
     num_sequences, context_length = trial.sequences_per_step, batch.shape[1]
+    weight = 0.0 if term is None else term.weight_at(step)
+    if weight == 0.0:
+        term = None
     # DDP and FSDP2 divide the sum over workers by their number; this undoes it.
     scale = loss_scale * layout.world_size / num_sequences
-    totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=layout.device)
     micro_batches = batch.split(micro_sequences)
     for index, micro_batch in enumerate(micro_batches):
         input_ids = micro_batch.to(layout.device, non_blocking=True)
         first = layout.rank * len(batch) + index * micro_sequences  # in the global batch
         recording = term.recording() if term is not None else contextlib.nullcontext()
         noisy = noise.added(step, first) if noise is not None else contextlib.nullcontext()
+        # Before the student's pass, whose activations are not there yet.
+        taught = teacher.logits(input_ids, autocast) if teacher is not None else None
         with gradient_sync(model, enabled=index == len(micro_batches) - 1):
             with recording, noisy, autocast:
-                output = model(input_ids=input_ids, use_cache=False)
-            lm_sum = token_losses(output.logits, input_ids).sum() / (context_length - 1)
-            objective = lm_sum
+                logits = model(input_ids=input_ids, use_cache=False).logits
+            lm_sum = token_losses(logits, input_ids).sum() / (context_length - 1)
+            dispersion_sum = distillation_sum = torch.zeros_like(lm_sum)
             if term is not None:
                 positions = None
                 if term.max_tokens is not None and term.max_tokens < context_length:
@@ -507,95 +550,12 @@ def accumulate_gradients(
                         step=step,
                     )
                 dispersion_sum = term.loss(positions=positions) * len(micro_batch)
-                objective = objective + term.weight * dispersion_sum
-                totals[1] += dispersion_sum.detach().double()
-            totals[0] += lm_sum.detach().double()
-            (objective * scale).backward()
+            if teacher is not None and taught is not None:
+                nats = distillation_losses(logits, taught, temperature=teacher.temperature)
+                distillation_sum = nats.sum() / (context_length - 1)
+            del logits, taught  # the backward pass needs neither
+            sums = StepLosses(lm_sum, dispersion_sum, distillation_sum)
+            totals += torch.stack([part.detach().double() for part in sums])
+            (total_loss(sums, weight, teacher) * scale).backward()
     all_reduce_sum([totals], layout)
-    totals /= num_sequences
-    return totals[0], totals[1]
-
-
-def make_term(model: nn.Module, trial: TrialConfig) -> DispersionTerm | None:
-    """The dispersion term on the model; None where the weight is 0: the baseline pays nothing for it."""
-    settings = trial.dispersion
-    if settings.weight == 0.0:
-        return None
-    return DispersionTerm(
-        model,
-        weight=settings.weight,
-        variant=settings.variant,
-        temperature=settings.temperature,
-        clamp=settings.clamp,
-        margin=settings.margin,
-        layers=settings.layers,
-        max_tokens=settings.max_tokens,
-    )
-
-
-def make_noise(model: nn.Module, trial: TrialConfig) -> EmbeddingNoise | None:
-    """The noise on the input embeddings; None where there is none."""
-    alpha = trial.noisy_embedding.alpha
-    return EmbeddingNoise(model, alpha=alpha, seed=trial.seed) if alpha > 0.0 else None
-
-
-def make_forgetting(
-    model: nn.Module, optimizer: torch.optim.Optimizer, trial: TrialConfig
-) -> ActiveForgetting | None:
-    """Who draws the input embeddings anew; None where nobody does."""
-    settings = trial.active_forgetting
-    if settings.every_steps is None:
-        return None
-    return ActiveForgetting(
-        model,
-        optimizer,
-        every_steps=settings.every_steps,
-        learning_rate=settings.learning_rate,
-        seed=trial.seed,
-        num_steps=trial.num_steps,
-    )
-
-
-def settings_in_use(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    term: DispersionTerm | None,
-    trial: TrialConfig,
-    *,
-    noise: EmbeddingNoise | None = None,
-    forgetting: ActiveForgetting | None = None,
-) -> dict[str, Any]:
-    """Settings read back from the live objects, for those that can be searched: what really ran."""
-    decayed = optimizer.param_groups[0]
-    config = model_config(model)
-    used: dict[str, Any] = {
-        "num_layers": config.num_hidden_layers,
-        "train.learning_rate": decayed["peak_lr"],
-        "train.weight_decay": decayed["weight_decay"],
-        "train.beta1": decayed["betas"][0],
-        "train.beta2": decayed["betas"][1],
-        "dispersion.weight": 0.0,
-        "noisy_embedding.alpha": 0.0 if noise is None else noise.alpha,
-        "active_forgetting.every_steps": None if forgetting is None else forgetting.every_steps,
-    }
-    for name, attribute in (
-        ("num_layers", "num_hidden_layers"),
-        ("hidden_size", "hidden_size"),
-        ("num_heads", "num_attention_heads"),
-        ("vocab_size", "vocab_size"),
-    ):
-        if hasattr(trial.model, name):
-            used[f"model.{name}"] = getattr(config, attribute)
-    if term is not None:
-        for name in ("weight", "variant", "temperature", "clamp", "margin", "max_tokens"):
-            used[f"dispersion.{name}"] = getattr(term, name)
-        used["dispersion.layers"] = list(term.layers)
-    if forgetting is not None:
-        used["active_forgetting.learning_rate"] = forgetting.group["peak_lr"]
-    return used
-
-
-def model_config(model: nn.Module) -> Any:
-    """The Hugging Face configuration of the text model, wrapped or not."""
-    plain: Any = unwrap(model)
-    return plain.config.get_text_config()
+    return StepLosses(*(totals / num_sequences))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from raydisp.layers import LAYER_CHOICES, resolve_layers
+from raydisp.schedules import START_FRAC, WARMUP_FRAC, ScheduleName, check_fractions
 from raydisp.section import Fraction, Int, PositiveInt, Section, Tokens
 
 EFFORT_FIELDS = (
@@ -131,6 +132,19 @@ class DispersionConfig(Section):
         Annotated[Int, Field(ge=2)] | None,
         Field(description="tokens of each sequence that the loss sees, others at every step; null: all"),
     ] = None
+    schedule: Annotated[
+        ScheduleName,
+        Field(
+            description="of the weight over the steps: cosine_decay falls to 0, delayed is on from start_frac"
+        ),
+    ] = "constant"
+    warmup_frac: Annotated[
+        Fraction | None, Field(description=f"of all steps, of linear_warmup alone; null: {WARMUP_FRAC}")
+    ] = None
+    start_frac: Annotated[
+        Annotated[float, Field(ge=0.0, lt=1.0)] | None,
+        Field(description=f"of all steps, of delayed alone; null: {START_FRAC}"),
+    ] = None
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -143,6 +157,13 @@ class DispersionConfig(Section):
         else:
             raise ValueError(f"layers is not one of {', '.join(LAYER_CHOICES)} or a list of layer numbers")
         return value
+
+    @model_validator(mode="after")
+    def _fractions_are_of_the_schedule(self) -> DispersionConfig:
+        check_fractions(
+            self.schedule, warmup_frac=self.warmup_frac, start_frac=self.start_frac, where="dispersion."
+        )
+        return self
 
     @model_validator(mode="after")
     def _sign_is_meant(self) -> DispersionConfig:

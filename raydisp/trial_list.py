@@ -60,6 +60,7 @@ _ORIGIN = (
     "first_batch_sha256",
     "last_batch_sha256",
     "model_revision",
+    "teacher_revision",
     "code_version",
     "strategy",
     "world_size",

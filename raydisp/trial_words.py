@@ -5,22 +5,37 @@ from __future__ import annotations
 from raydisp.config import StudyConfig
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary
+from raydisp.models_config import HubModel, ModelConfig, ScratchModel
+from raydisp.schedules import WeightSchedule
 from raydisp.stopping import evaluation_tokens, full_tokens
 
 
-def describe_model(study: StudyConfig, sizes: ModelSummary | None) -> str:
-    """Where the model comes from, and how large it is, where that is known."""
-    model = study.model
-    origin = {
-        "scratch": lambda: f"{getattr(model, 'family', '')} from scratch",
-        "hub": lambda: f"{getattr(model, 'id', '')} from the hub",
-    }.get(model.source, lambda: str(getattr(model, "path", "")))()
+def describe_model(model: ModelConfig, sizes: ModelSummary | None) -> str:
+    """Where a model comes from, and how large it is, if that is known."""
+    if isinstance(model, ScratchModel):
+        origin = f"{model.family} from scratch"
+    else:
+        origin = f"{model.id} from the hub" if isinstance(model, HubModel) else model.path
     if sizes is None:
-        return f"{origin}: its sizes are not known yet"
+        return f"{origin}, its size not known yet"
     return (
         f"{origin}: {sizes.num_parameters:,} parameters, {sizes.num_layers} layers, "
         f"{sizes.hidden_size} features, vocabulary {sizes.vocab_size:,}"
     )
+
+
+def describe_teacher(study: StudyConfig, sizes: ModelSummary | None) -> list[str]:
+    """The model that is distilled from, where there is one."""
+    settings = study.distillation
+    if settings.teacher is None:
+        return []
+    copy = "a whole copy on every worker"
+    if sizes is not None:
+        copy += f", {rounded(4 * sizes.num_parameters)}B in float32"
+    return [
+        describe_model(settings.teacher, sizes),
+        f"distillation: weight {settings.weight:g}, temperature {settings.temperature:g}; {copy}",
+    ]
 
 
 def describe_training(study: StudyConfig) -> str:
@@ -59,10 +74,17 @@ def describe_dispersion(study: StudyConfig, sizes: ModelSummary | None) -> str:
     layers = str(settings.layers)
     if sizes is not None:
         layers += f" ({', '.join(map(str, resolve_layers(settings.layers, sizes.num_layers)))})"
-    return (
+    text = (
         f"{settings.variant}, weight {settings.weight:g}, temperature {settings.temperature:g}, layers "
         f"{layers}, clamp {settings.clamp:g}"
     )
+    schedule = WeightSchedule(
+        study.num_steps,
+        settings.schedule,
+        warmup_frac=settings.warmup_frac,
+        start_frac=settings.start_frac,
+    )
+    return f"{text}; {schedule.describe()}" if settings.schedule != "constant" else text
 
 
 def describe_embeddings(study: StudyConfig) -> list[str]:

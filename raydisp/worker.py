@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import logging
 import math
@@ -73,6 +74,8 @@ class Assignment:
     """Name and namespace of the actor that says whether the trial goes on, and the metric that it watches."""
     data_sha256: str | None = None
     """Of the study's data; a trial that varies them finds out its own."""
+    teacher_revision: str | None = None
+    """Of `distillation.teacher`, which is the same in all trials; None: there is none."""
     lease: str | None = None
     """Of the results folder, while this study holds it."""
     confirm_json: str | None = None
@@ -203,6 +206,7 @@ def blank_row(assignment: Assignment, study: StudyConfig, started: float) -> dic
         "hostname": socket.gethostname(),
         "data_sha256": None if _varies(assignment, "data", "model") else assignment.data_sha256,
         "model_revision": None if _varies(assignment, "model") else assignment.model_revision,
+        "teacher_revision": assignment.teacher_revision,
         "code_version": assignment.code_version,
         "packages_json": json.dumps(assignment.packages, sort_keys=True),
         "started_at": _utc(started),
@@ -417,7 +421,7 @@ def train_share(
     """
     import torch
 
-    from raydisp import data, models
+    from raydisp import data, models, vocabulary
     from raydisp.checkpoint import CheckpointFolder
     from raydisp.train import train
 
@@ -433,16 +437,25 @@ def train_share(
     revision = assignment.model_revision
     if _varies(assignment, "model"):
         revision = models.resolve_revision(trial.model)
-    model = models.build_model(
-        trial.model,
+        vocabulary.check_shared_vocabulary(trial)
+    build = functools.partial(
+        models.build_model,
         context_length=trial.data.context_length,
         eos_token_id=meta["eos_token_id"],
-        # A model from scratch has the size that the study says; a pretrained one must fit its tokenizer.
-        vocab_size=None if isinstance(trial.model, ScratchModel) else meta["vocab_size"],
         seed=trial.seed,
-        revision=revision,
     )
+    # A model from scratch has the size that the study says, or its teacher's vocabulary; a pretrained one
+    # must fit its tokenizer.
+    vocab_size = meta["vocab_size"]
+    if isinstance(trial.model, ScratchModel):
+        vocab_size = vocabulary.teachers_vocab_size(trial, assignment.teacher_revision)
+    model = build(trial.model, vocab_size=vocab_size, revision=revision)
+    taught_by, teacher = trial.distillation.teacher, None
+    if taught_by is not None and trial.distillation.is_on:
+        teacher = build(taught_by, vocab_size=meta["vocab_size"], revision=assignment.teacher_revision)
     identity = f"{trial.sha256} on data {meta['data_sha256']} from model {revision}"
+    if assignment.teacher_revision is not None:
+        identity += f" taught by {assignment.teacher_revision}"
     timeout_s = study.failures.collective_timeout_s
     checkpoints = CheckpointFolder(checkpoint_dir(assignment), identity, layout, timeout_s=timeout_s)
     resume_from = checkpoints.find()
@@ -484,6 +497,7 @@ def train_share(
         interruption=interruption,
         test_blocks=data.TokenBlocks(folder, "test") if confirms else None,
         benchmarks=benchmarks,
+        teacher=teacher,
         on_end=_keep_model(assignment, trial, folder, layout, notes) if assignment.keep_model else None,
     )
     return {

@@ -28,6 +28,8 @@ from transformers import (
 
 from raydisp.attach import DispersionTerm, attach_dispersion
 from raydisp.losses import dispersion_loss
+from raydisp.schedules import WeightSchedule
+from raydisp.trainer_callback import DispersionSteps
 
 VOCABULARY = 61
 WEIGHT = 0.5
@@ -234,6 +236,51 @@ def test_a_compiled_model_has_no_graph_break() -> None:
     torch.testing.assert_close(outputs.dispersion_loss, expected.dispersion_loss)
     torch.testing.assert_close(outputs.loss, expected.loss)
     assert_same_gradients(gradients_of(model, outputs.loss), expected_gradients)
+
+
+# ---------------------------------------------------------------------- a weight that changes
+
+
+def test_a_schedule_weighs_each_step() -> None:
+    model, ids = tiny_model(), input_ids()
+    plain = model(input_ids=ids, labels=ids)
+    expected, dispersion = reference_loss(model, ids)
+    schedule = WeightSchedule(4, "delayed", start_frac=0.5)
+    handle = attach_dispersion(model, weight=WEIGHT, schedule=schedule)
+    with pytest.raises(RuntimeError, match="follows a schedule, and no step is known"):
+        model(input_ids=ids, labels=ids)
+    handle.step = 1
+    outputs = model(input_ids=ids, labels=ids)
+    assert type(outputs) is type(plain), "where the weight is 0, nothing is added, nor computed"
+    assert outputs.loss == plain.loss
+    handle.step = 2
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
+    handle.term.schedule = WeightSchedule(4, "linear_warmup", warmup_frac=1.0)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, plain.loss + 0.75 * WEIGHT * dispersion)
+    assert model.eval()(input_ids=ids, labels=ids).loss == plain.loss
+
+
+def test_a_trainer_tells_the_step(tmp_path: Path) -> None:
+    model = tiny_model()
+    handle = attach_dispersion(
+        model, weight=WEIGHT, schedule=WeightSchedule(2, "linear_warmup", warmup_frac=1.0)
+    )
+    weights: list[float] = []
+    model.register_forward_pre_hook(lambda *_: weights.append(handle.term.weight_at(handle.step)))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(
+        model=model, args=arguments, train_dataset=Sequences(), callbacks=[DispersionSteps(handle)]
+    ).train()
+    assert weights == [WEIGHT / 2] * 3 + [WEIGHT] * 3, "once for each step, however many batches it has"
 
 
 # ---------------------------------------------------------------------- frameworks

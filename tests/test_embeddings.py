@@ -23,12 +23,13 @@ from raydisp.data import BatchLoader, TokenBlocks
 from raydisp.embeddings import ActiveForgetting, EmbeddingNoise, draw_noise, forgetting_factor
 from raydisp.errors import DivergedError
 from raydisp.evaluate import evaluate, token_losses
+from raydisp.methods import make_term
 from raydisp.optimizer import learning_rate_factor, make_optimizer, training_tensors
 from raydisp.parallel import Layout, clip_gradients, seed_step
 from raydisp.precision import make_autocast
 from raydisp.seeds import derive_seed
 from raydisp.space import column_types, searchable_fields
-from raydisp.train import TrainResult, accumulate_gradients, make_term, train
+from raydisp.train import TrainResult, accumulate_gradients, train
 
 CPU = torch.device("cpu")
 NOISE = {"noisy_embedding.alpha": 5.0}
@@ -663,7 +664,7 @@ def test_off_is_the_loop_as_it_was(study: StudyConfig, cache_dir: str, run: Run)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * learning_rate_factor(step, trial.num_steps, trial.train)
             seed_step(trial.seed, step, Layout())
-            lm_loss, dispersion = accumulate_gradients(
+            lm_loss, dispersion, _ = accumulate_gradients(
                 model, batch, term, trial, step, Layout(), 8, make_autocast("fp32", CPU)
             )
             clip_gradients(model.parameters(), trial.train.grad_clip)

@@ -17,9 +17,10 @@ from raydisp import data, models
 from raydisp.attach import DispersionTerm
 from raydisp.config import StudyConfig, TrialConfig, replace_fields
 from raydisp.errors import ConfigError, DivergedError
+from raydisp.methods import make_term
 from raydisp.parallel import Layout, clip_gradients, parallelise
 from raydisp.precision import make_autocast
-from raydisp.train import accumulate_gradients, make_term, train
+from raydisp.train import accumulate_gradients, train
 
 pytestmark = pytest.mark.processes
 

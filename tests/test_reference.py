@@ -9,7 +9,7 @@ import jsonschema
 import pyarrow as pa
 import pytest
 
-from raydisp import columns, measure_tables, reference, results, verdict
+from raydisp import columns, measure_tables, reference, results, task_effects, verdict
 from raydisp.config import StudyConfig, TrialConfig
 from raydisp.field_reference import allowed, groups
 from raydisp.space import searchable_fields
@@ -24,6 +24,8 @@ TABLES = {
     "steps": (columns.STEPS, results.STEP_SCHEMA),
     "evals": (columns.EVALS, results.EVAL_SCHEMA),
     "layers": (columns.LAYERS, results.LAYER_SCHEMA),
+    "items": (columns.ITEMS, results.ITEM_SCHEMA),
+    "benchmarks": (task_effects.BENCHMARK_COLUMNS, task_effects.BENCHMARK_SCHEMA),
     "verdicts": (verdict.VERDICT_COLUMNS, verdict.VERDICT_SCHEMA),
     "effects": (verdict.EFFECT_COLUMNS, verdict.EFFECT_SCHEMA),
     "models": (measure_tables.MODEL_COLUMNS, measure_tables.MODEL_SCHEMA),
@@ -153,9 +155,10 @@ def test_what_is_called_identity_changes_the_identity() -> None:
                 changed = section.model_copy(update={name: "something else"})
                 other = trial.model_copy(update={part: changed})
                 found[f"{part}.{name}"] = other.sha256 != trial.sha256
-    of_items = {entry.name for entry in OF_TRIAL if entry.name.startswith("evaluate.tasks.")}
-    assert {entry.identity for entry in OF_TRIAL if entry.name in of_items} == {found["evaluate.tasks"]}
-    assert found == {entry.name: entry.identity for entry in OF_TRIAL if entry.name not in of_items}
+    inner = {entry.name: entry.identity for entry in OF_TRIAL if entry.name.count(".") > 1}
+    assert {name.rpartition(".")[0] for name in inner} == {"evaluate.tasks", "distillation.teacher"}
+    assert inner == {name: found[name.rpartition(".")[0]] for name in inner}
+    assert found == {entry.name: entry.identity for entry in OF_TRIAL if entry.name not in inner}
 
 
 def test_editors_are_told_the_bounds_of_whole_numbers() -> None:

@@ -62,39 +62,6 @@ def halving_by_hand(num_trials: int, rungs: list[int], factor: int) -> list[int]
     return ends
 
 
-FEW_TRIALS = {
-    "asha": {"asha": {"grace_tokens": 512, "reduction_factor": 2}},
-    "hyperband": {"hyperband": {"grace_tokens": 512, "reduction_factor": 2}},
-    "median": {"median": {"grace_tokens": 512, "num_startup_trials": 2}},
-}
-
-
-@pytest.mark.parametrize("scheduler", FEW_TRIALS)
-def test_log_spaced_evaluations_stop_nobody(make: Any, scheduler: str) -> None:
-    """What a trial is worth between the points of every_tokens changes no decision at them."""
-    study = make(FEW_TRIALS[scheduler])
-    plain, rule, replayed = StopRule(study), StopRule(study), StopRule(study)
-    ends, between = [], []
-    for trial in range(1, 41):
-        ends.append(run_trial(plain, trial))
-        curve = [*curve_of(trial), *((tokens, 100.0 - trial) for tokens in (128, 640, 1152, 3200, 7000))]
-        end = FULL
-        for tokens, value in sorted(curve):
-            if rule.report(trial, tokens, value):
-                end = tokens
-                break
-        rule.close(trial, "pruned" if end < FULL else "completed")
-        between.append(end)
-        seen = [point for point in sorted(curve) if point[0] <= end]
-        replayed.replay(trial, seen, "pruned" if end < FULL else "completed")
-    assert between == ends
-    assert len(set(ends)) > 2, "some are stopped"
-    for trial in (60, 61):
-        assert [rule.report(trial, *point) for point in curve_of(trial)[:8]] == [
-            replayed.report(trial, *point) for point in curve_of(trial)[:8]
-        ]
-
-
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize(("grace", "factor"), [(512, 2), (512, 3), (1024, 4)])
 def test_asha_lets_the_best_of_a_rung_go_on(make: Any, mode: str, grace: int, factor: int) -> None:
@@ -211,6 +178,32 @@ SCHEDULERS = [
     {"hyperband": {"grace_tokens": 512, "reduction_factor": 3}},
     {"median": {"grace_tokens": 512}},
 ]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: next(iter(scheduler)))
+def test_log_spaced_evaluations_stop_nobody(make: Any, scheduler: Any) -> None:
+    """What a trial is worth between the points of every_tokens changes no decision at them."""
+    study = make(scheduler)
+    plain, rule, replayed = StopRule(study), StopRule(study), StopRule(study)
+    ends, between = [], []
+    for trial in range(1, 41):
+        ends.append(run_trial(plain, trial))
+        curve = [*curve_of(trial), *((tokens, 100.0 - trial) for tokens in (128, 640, 1152, 3200, 7000))]
+        end = FULL
+        for tokens, value in sorted(curve):
+            if rule.report(trial, tokens, value):
+                end = tokens
+                break
+        rule.close(trial, "pruned" if end < FULL else "completed")
+        between.append(end)
+        seen = [point for point in sorted(curve) if point[0] <= end]
+        replayed.replay(trial, seen, "pruned" if end < FULL else "completed")
+    assert between == ends
+    assert len(set(ends)) > 2, "some are stopped"
+    for trial in (60, 61):
+        assert [rule.report(trial, *point) for point in curve_of(trial)[:8]] == [
+            replayed.report(trial, *point) for point in curve_of(trial)[:8]
+        ]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: next(iter(scheduler)))

@@ -13,7 +13,7 @@ from raydisp.analysis.rows import Row, baseline_row, best_trial, of_arm, search_
 from raydisp.results import Tables
 from raydisp.search_config import Objective
 
-CURVE_MEASURES = ("lm_loss", "dispersion_loss", "grad_norm", "val_loss")
+CURVE_MEASURES = ("lm_loss", "dispersion_loss", "distillation_loss", "grad_norm", "val_loss")
 """Of `steps`, and the validation loss of `evals`."""
 
 MAX_CURVES = 40

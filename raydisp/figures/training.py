@@ -15,6 +15,7 @@ from raydisp.search_config import Objective
 _LABELS = {
     "lm_loss": "training loss (nats per token)",
     "dispersion_loss": "dispersion loss (unweighted, no unit)",
+    "distillation_loss": "divergence from the teacher (T² KL, unweighted, nats per token)",
     "grad_norm": "gradient norm (before clipping, no unit)",
     "val_loss": "validation loss (nats per token)",
 }
