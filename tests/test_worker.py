@@ -129,6 +129,7 @@ def test_a_trial_that_ends_well(tree: dict[str, Any], tmp_path: Path, cache_dir:
         "error_message",
         "traceback",
         "model_revision",
+        "teacher_revision",
         "note",
         *of_confirm,
     }
