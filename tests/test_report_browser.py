@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pytest
 import sample_studies
+import scipy.stats
 from sample_studies import STUDY
 from test_analysis import SEARCHED, failed_row, sample_tables, trial_row
 from test_report import EVIL
@@ -310,6 +311,48 @@ def test_tables_sort(browser: Browser, small_page: str, column: str) -> None:
         assert [type(expected[0])(cell) for cell in shown] == expected
         order = browser.ask(f"document.querySelectorAll('th')[{place}].getAttribute('aria-sort')")
         assert order == ("descending" if descending else "ascending")
+
+
+def test_numbers_of_a_comparison(browser: Browser, tmp_path: Path, armed_page: str, small_page: str) -> None:
+    out = str(tmp_path / "comparison.html")
+    report.build_comparison([str(Path(page).parent) for page in (armed_page, small_page)], out=out)
+    browser.open(out)
+    drawn = browser.figures()
+
+    confirmed = [row for row in rows_of(armed_page, "trials") if row["phase"] == "confirm"]
+    losses = {(row["arm"], row["seed"]): row["test_loss"] for row in confirmed}
+    arms = [arm for arm in dict.fromkeys(arm for arm, _ in losses) if arm != "baseline"]
+    seeds = sorted({seed for _, seed in losses})
+    squares = drawn["verdicts-0"]["mean and 95 % interval"]
+    assert len(squares["x"]) == len(arms) > 1
+    found = dict(zip([text.split(": ", 1)[1] for text in squares["hovertext"]], squares["x"], strict=True))
+    for arm in arms:
+        pairs = [losses[arm, seed] - losses["baseline", seed] for seed in seeds]
+        mean = next(value for text, value in found.items() if text.startswith(f"{arm} "))
+        assert mean == pytest.approx(statistics.fmean(pairs), **NUMBER)
+        place = squares["x"].index(mean)
+        half = scipy.stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+        assert squares["error_x"]["array"][place] == pytest.approx(half, **NUMBER)
+
+    expected = []
+    for page in (armed_page, small_page):
+        search = [row for row in rows_of(page, "trials") if row["phase"] == "search"]
+        done = [row for row in search if row["status"] == "completed"]
+        baseline = min(row["val_loss"] for row in done if row["arm"] == "baseline")
+        others = dict.fromkeys(row["arm"] for row in search if row["arm"] != "baseline")
+        expected += [min(row["val_loss"] for row in done if row["arm"] == arm) - baseline for arm in others]
+    assert drawn["gain-0"]["best"]["x"] == pytest.approx(expected, **NUMBER)
+
+    for page, name in ((armed_page, "armed"), (small_page, "small")):
+        layers = rows_of(page, "layers")
+        lines = [line for key, line in drawn["profiles"].items() if key.endswith("baseline")]
+        last = max(row["step"] for row in layers if row["trial"] == 0)
+        profile = [
+            row["cosine_mean"]
+            for row in sorted(layers, key=lambda row: row["layer"])
+            if row["trial"] == 0 and row["step"] == last
+        ]
+        assert any(line["y"] == pytest.approx(profile, **NUMBER) for line in lines), name
 
 
 def test_each_table_of_a_comparison_sorts_by_itself(
