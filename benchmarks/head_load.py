@@ -33,12 +33,13 @@ import ray
 
 from raydisp import results, space
 from raydisp.agenda import Agenda
+from raydisp.assignment import Assignment, blank_row
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.data import prepare
 from raydisp.dispatch import Launch
 from raydisp.search import run_search
-from raydisp.worker import Assignment, blank_row, run_trial
+from raydisp.worker import run_trial
 
 OF_THE_HEAD = {
     "ray::ImplicitFunc": "driver of the trial",

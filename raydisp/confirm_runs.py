@@ -19,8 +19,8 @@ from raydisp.frozen_plan import FILE, Frozen, frozen_of_rows, read_frozen, write
 from raydisp.trial_list import number_ranges
 
 if TYPE_CHECKING:
+    from raydisp.assignment import Assignment
     from raydisp.dispatch import Launch
-    from raydisp.worker import Assignment
 
 
 @dataclasses.dataclass(frozen=True)

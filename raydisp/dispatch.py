@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from raydisp import results
 from raydisp.agenda import Agenda, Row
 from raydisp.arms import Arm, Arms
+from raydisp.assignment import Assignment
 from raydisp.budget import Budget
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
@@ -22,7 +23,6 @@ from raydisp.curves import Point, read_curves
 from raydisp.optuna_study import OptunaStudy, copied_statuses
 from raydisp.stopping import full_tokens
 from raydisp.warm_start import read_warm_starts
-from raydisp.worker import Assignment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydisp import lease, results, retries, space, storage, tidy
 from raydisp.agenda import Agenda, Row
 from raydisp.arms import Arms
+from raydisp.assignment import Assignment, Report, blank_row, checkpoint_dir
 from raydisp.autoscaler import ACCELERATOR
 from raydisp.cluster import Plan, read_offer
 from raydisp.config import StudyConfig, field_of
@@ -42,7 +43,7 @@ from raydisp.stopping import StopRules, full_tokens
 from raydisp.tally import Watcher
 from raydisp.trackers import told_at_end
 from raydisp.warm_start import WarmStart
-from raydisp.worker import Assignment, Report, blank_row, checkpoint_dir, run_trial
+from raydisp.worker import run_trial
 
 logger = logging.getLogger(__name__)
 

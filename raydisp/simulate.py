@@ -23,6 +23,7 @@ import pyarrow.fs as pafs
 from raydisp import results, space, storage
 from raydisp.agenda import Agenda
 from raydisp.arms import Arms
+from raydisp.assignment import Assignment, blank_row
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig, field_of, read_config_json, replace_fields
 from raydisp.confirm_config import BASELINE
@@ -34,7 +35,6 @@ from raydisp.search_config import Range, label
 from raydisp.stopping import StopRule, full_tokens
 from raydisp.studyfile import dump_study
 from raydisp.warm_start import comparable_fields
-from raydisp.worker import Assignment, blank_row
 
 MIN_CONFIGURATIONS = 60
 """Fewer recorded points leave too much between them to be guessed."""

@@ -19,7 +19,7 @@ from raydisp.config import StudyConfig
 from raydisp.errors import ResourceError
 from raydisp.placement import PlacementWatch, describe_offer
 from raydisp.search import _trial_resources
-from raydisp.worker import limit_memory
+from raydisp.share import limit_memory
 
 HEAD = Node(2, 0, is_head=True)
 BIG, SMALL = Node(8, 1), Node(4, 4)

@@ -12,6 +12,7 @@ from test_arms import RATES, WEIGHTS, make, mistake
 
 from raydisp import confirm, confirm_runs, paired, results, space, verdict_words
 from raydisp.arms import Arms
+from raydisp.assignment import Assignment, blank_row
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.confirm import NothingToConfirmError
@@ -19,7 +20,6 @@ from raydisp.confirm_runs import ConfirmDispatcher
 from raydisp.dispatch import Launch
 from raydisp.errors import OutputError
 from raydisp.frozen_plan import Frozen, read_frozen
-from raydisp.worker import Assignment, blank_row
 
 FULL = 1280
 

@@ -23,11 +23,12 @@ from test_worker import assign
 
 from raydisp import results
 from raydisp.agenda import Agenda
+from raydisp.assignment import Assignment, Report
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.search import Launch, _trainable, run_search
 from raydisp.tally import Watcher
-from raydisp.worker import Assignment, Report, run_attempt, run_trial
+from raydisp.worker import run_attempt, run_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

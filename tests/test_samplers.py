@@ -11,11 +11,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from scipy.stats import qmc
 
 from raydisp import samplers, space
+from raydisp.assignment import blank_row
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.dispatch import Launch
 from raydisp.optuna_study import OptunaStudy
-from raydisp.worker import blank_row
 
 WIDE = {
     "dispersion.weight": {"low": 0.01, "high": 2.0, "log": True},

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from raydisp import results, space, storage
 from raydisp.agenda import Agenda, read_agenda
+from raydisp.assignment import Assignment, blank_row
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.curves import read_curves
@@ -23,7 +24,6 @@ from raydisp.errors import OutputError
 from raydisp.optuna_study import OptunaStudy, copied_statuses
 from raydisp.search import Searcher, StudySearcher
 from raydisp.stopping import full_tokens
-from raydisp.worker import Assignment, blank_row
 
 
 def loss_of(values: dict[str, Any]) -> float:

@@ -20,7 +20,8 @@ import torch
 from test_worker import assign
 
 from raydisp import results, tidy
-from raydisp.worker import Assignment, run_attempt
+from raydisp.assignment import Assignment
+from raydisp.worker import run_attempt
 
 OTHERS: dict[str, Callable[[], Any]] = {
     "dtype": lambda: torch.set_default_dtype(torch.float64),
@@ -112,7 +113,8 @@ def losses_of(study_dir: str, trial: int) -> list[float]:
 
 IN_A_FRESH_PROCESS = """
 import json, sys
-from raydisp.worker import Assignment, run_attempt
+from raydisp.assignment import Assignment
+from raydisp.worker import run_attempt
 row = run_attempt(Assignment(**json.load(sys.stdin)), lambda report: None)
 sys.exit(row["status"] != "completed")
 """

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from raydisp import results, space
+from raydisp.assignment import blank_row
 from raydisp.cluster import Plan
 from raydisp.config import StudyConfig
 from raydisp.dispatch import Launch
 from raydisp.errors import OutputError
 from raydisp.optuna_study import OptunaStudy
 from raydisp.warm_start import read_warm_starts
-from raydisp.worker import blank_row
 
 VALUES = {"dispersion.weight": 0.5, "dispersion.layers": [1]}
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from raydisp import data, results, train
+from raydisp.assignment import Assignment, in_the_words_of
 from raydisp.config import StudyConfig, replace_fields
 from raydisp.endings import describe_failure
 from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.pairs import SAME_WITHIN_A_PAIR
-from raydisp.worker import Assignment, in_the_words_of, run_attempt, run_trial
+from raydisp.worker import run_attempt, run_trial
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +401,7 @@ def test_a_trial_that_is_stopped_is_pruned(
     every_tokens: int | None,
 ) -> None:
     monkeypatch.setattr(
-        "raydisp.worker._must_stop", lambda assignment: lambda metrics: metrics["num_tokens"] >= 512
+        "raydisp.share._must_stop", lambda assignment: lambda metrics: metrics["num_tokens"] >= 512
     )
     tree["checkpoint"] = {"every_tokens": every_tokens}
     reports: list[dict[str, Any]] = []

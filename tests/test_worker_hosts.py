@@ -15,9 +15,10 @@ import torch.multiprocessing as mp
 from test_worker import assign
 
 from raydisp import results, space, worker
+from raydisp.assignment import Assignment, blank_row
 from raydisp.config import StudyConfig
 from raydisp.parallel import Layout
-from raydisp.worker import Assignment, blank_row, run_attempt, tell_hosts
+from raydisp.worker import run_attempt, tell_hosts
 
 
 def begin(tree: dict[str, Any], tmp_path: Path) -> tuple[Assignment, StudyConfig]:
