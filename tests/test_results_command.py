@@ -236,6 +236,7 @@ def test_compact_tells_what_it_did(capsys: pytest.CaptureFixture[str], tmp_path:
         "steps: 3 files -> compact-2.parquet (31 rows)",
         "evals: 2 files -> compact-2.parquet (120 rows)",
         "layers: 2 files -> compact-2.parquet (60 rows)",
+        "items: nothing to merge",
     ]
     assert results.read_tables(folder) == before
 

@@ -1,24 +1,30 @@
-"""Tables of the recorded results, written into README.md from the Parquet rows beside it.
+"""Tables and a picture of the recorded results, made from the Parquet rows beside this file.
 
     python docs/results/record.py             # after a study has added rows
     python docs/results/record.py --check     # exit status 1 where the page says something else than the rows
 
 What stands between `<!-- rows: NAME -->` and `<!-- end -->` in README.md is replaced; the words around it are
-written by hand.
+written by hand. docs/images/ffn_width.png is drawn anew (needs matplotlib).
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from raydisp import results, verdict
 from raydisp.config import field_of, read_config_json
+from raydisp.figures import paper
+from raydisp.figures.chart import Axis, Chart, Line, Panel, Plot, linear_axis, log_ticks
+from raydisp.figures.condensation import short_tokens
+from raydisp.figures.style import DEPTH_COLOURS, blend
 from raydisp.measure_tables import read_models
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     old = PAGE.read_text()
     new = render(old)
+    if not arguments.check:
+        draw_widths("gpt2_ffn_width_small", HERE.parent / "images" / "ffn_width.png")
     if old == new:
         return 0
     if arguments.check:
@@ -206,6 +214,47 @@ def widths(prefix: str) -> str:
         "at the end",
     ]
     return about(names) + " Mean ± standard deviation over seeds.\n\n" + table(heads, rows)
+
+
+def draw_widths(prefix: str, path: Path) -> None:
+    """Mean cosine over training by MLP width, mean over seeds: dashed without dispersion, solid with it."""
+    found: dict[tuple[int, float], dict[int, list[float]]] = {}
+    for seed in WIDTH_SEEDS:
+        tables = results.read_tables(str(HERE / f"{prefix}_{seed}"))
+        keys = {
+            row["trial"]: (
+                field_of(read_config_json(row["config_json"]), "model.ffn_size"),
+                row["dispersion.weight"],
+            )
+            for row in tables.trials.to_pylist()
+            if row["arm"] != "baseline" and row["status"] == "completed"
+        }
+        for row in tables.evals.to_pylist():
+            if row["name"] == "layer_cosine_mean" and row["trial"] in keys:
+                curve = found.setdefault(keys[row["trial"]], {})
+                curve.setdefault(row["num_tokens"], []).append(row["value"])
+    marks = []
+    widths = sorted({width for width, _ in found})
+    first = min(tokens for curve in found.values() for tokens in curve if tokens)
+    last = max(tokens for curve in found.values() for tokens in curve)
+    start = first / 2  # the initial weights stand left of the axis's first number
+    for (width, weight), curve in sorted(found.items()):
+        marks.append(
+            Line(
+                f"MLP {width}{', dispersion' if weight else ''}",
+                [tokens or start for tokens in sorted(curve)],
+                [statistics.mean(curve[tokens]) for tokens in sorted(curve)],
+                colour=blend(DEPTH_COLOURS, widths.index(width) / (len(widths) - 1)),
+                symbol="circle" if weight else "circle-open",
+                dash="solid" if weight else "dash",
+            )
+        )
+    ticks = ((start, "0"), *((tokens, short_tokens(int(tokens))) for tokens, _ in log_ticks(first, last)))
+    along = Axis("tokens seen (log scale)", log=True, ends=(start / 1.3, last * 1.3), ticks=ticks)
+    chart = Chart(along, linear_axis("mean cosine of the layers", 0.0, 1.0), marks)
+    with tempfile.TemporaryDirectory() as folder:
+        paper.write_figures([Panel("", "", [Plot(path.stem, "", chart)])], folder)
+        shutil.copy(Path(folder) / path.name, path)
 
 
 def _number(value: float | None, form: str) -> str:
