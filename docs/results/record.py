@@ -31,7 +31,6 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
 BLOCK = re.compile(r"(<!-- rows: (?P<name>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN_STATES = (0, 1, 5, 10, 15, 20, 25, 29, 30)
-WIDTH_SEEDS = (0, 1, 2)
 
 Row = dict[str, Any]
 
@@ -171,9 +170,14 @@ def searched(name: str) -> str:
     return about([name]) + "\n\n" + table(heads, rows)
 
 
+def seeds_of(prefix: str) -> list[str]:
+    """Folders of a study that was repeated with other seeds: `prefix_0`, `prefix_1`, ..."""
+    return sorted(folder.name for folder in HERE.glob(f"{prefix}_[0-9]"))
+
+
 def widths(prefix: str) -> str:
     """Mean over seeds by MLP width and weight: loss, and condensation at initialisation and at the end."""
-    names = [f"{prefix}_{seed}" for seed in WIDTH_SEEDS]
+    names = seeds_of(prefix)
     found: dict[tuple[int, float], list[Row]] = {}
     for name in names:
         tables = results.read_tables(str(HERE / name))
@@ -219,8 +223,8 @@ def widths(prefix: str) -> str:
 def draw_widths(prefix: str, path: Path) -> None:
     """Mean cosine over training by MLP width, mean over seeds: dashed without dispersion, solid with it."""
     found: dict[tuple[int, float], dict[int, list[float]]] = {}
-    for seed in WIDTH_SEEDS:
-        tables = results.read_tables(str(HERE / f"{prefix}_{seed}"))
+    for name in seeds_of(prefix):
+        tables = results.read_tables(str(HERE / name))
         keys = {
             row["trial"]: (
                 field_of(read_config_json(row["config_json"]), "model.ffn_size"),
