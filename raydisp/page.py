@@ -199,7 +199,7 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
     """
     trials, objectives = tables.trials, objectives_of(study)
     sentences = analysis.summarise(trials, *objectives)
-    judged = _verdict(trials)
+    judged, benchmarks = _verdict(trials), _benchmarks(tables)
     known = "".join(
         f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(text)}</dd></div>"
         for key, text in facts(trials, study)
@@ -209,10 +209,10 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
         name=study_name(trials, study),
         leads=judged.leads or sentences,
         facts=f"<dl>{known}</dl>",
-        panels=study_panels(tables, objectives),
+        panels=_panels(tables, objectives, judged, benchmarks),
         notes=_list_section("What else the confirm phase says", judged.notes),
         search=_list_section("The search that came before", sentences) if judged.leads else "",
-        tables=_benchmark_section(_benchmarks(tables))
+        tables=_benchmark_section(benchmarks)
         + table_section(
             "Trials",
             results_table(trials, objectives[0]),
@@ -225,10 +225,16 @@ def render(tables: Tables, study: Mapping[str, Any]) -> str:
 
 def study_panels(tables: Tables, objectives: Sequence[Objective]) -> list[Panel]:
     """All figures of a study, the verdict's first."""
+    return _panels(tables, objectives, _verdict(tables.trials), _benchmarks(tables))
+
+
+def _panels(
+    tables: Tables, objectives: Sequence[Objective], judged: _Verdict, benchmarks: Sequence[Row]
+) -> list[Panel]:
     lean = dataclasses.replace(tables, trials=analysis.without_large_texts(tables.trials))
-    compared = benchmark_panel(_benchmarks(tables))
+    compared = benchmark_panel(benchmarks)
     return [
-        *_verdict(tables.trials).panels,
+        *judged.panels,
         *([compared] if compared is not None else []),
         *build_panels(lean, objectives),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,13 @@ from raydisp.losses import dispersion_loss
 from raydisp.schedules import WeightSchedule
 from raydisp.trainer_callback import DispersionSteps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 VOCABULARY = 61
 WEIGHT = 0.5
 TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FAMILIES = ["gpt2", "llama", "qwen3"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_model(family: str = "llama", num_layers: int = 3) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,11 @@ from raydisp.condensation import (
     layer_cosine_without_first,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 GOLDEN = np.load(Path(__file__).parent / "golden" / "condensation.npz")
 MEASURES = [layer_cosine, layer_cosine_centred, layer_cosine_without_first, effective_rank]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def states(num_layers: int = 3, batch: int = 2, length: int = 9, features: int = 6, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ from raydisp.studyfile import parse_study
 from raydisp.train import TrainResult, train
 from raydisp.vocabulary import check_shared_vocabulary, teachers_vocab_size
 from raydisp.worker import run_attempt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 CPU = torch.device("cpu")
 STUDIES = Path(__file__).parent.parent / "studies"
@@ -150,20 +153,6 @@ def test_bad_input(student: Any, teacher: Any, temperature: float, sentence: str
 
 
 # --- a teacher in a folder ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
 
 
 def save_model(folder: Path, tokenizer: Any, **sizes: Any) -> Path:

@@ -64,11 +64,6 @@ class Rows:
         return [row[name] for row in self.tables["steps"]]
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 def build(trial: TrialConfig) -> torch.nn.Module:
     return models.build_model(
         trial.model, context_length=trial.data.context_length, eos_token_id=0, seed=trial.seed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from raydisp import gradients, losses, pairwise
 from raydisp.losses import VARIANTS, dispersion_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 GOLDEN = np.load(Path(__file__).parent / "golden" / "dispersion_losses.npz")
 CASES: list[dict[str, Any]] = json.loads(str(GOLDEN["cases"]))
 AUTHORS_NAMES = {
@@ -26,15 +29,6 @@ AUTHORS_NAMES = {
     "margin": "margin",
 }
 ALL = sorted(VARIANTS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,9 @@ from raydisp.figures.interactive import draw
 from raydisp.measure import Measured, measure_condensation
 from raydisp.measure_command import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 GOLDEN = np.load(Path(__file__).parent / "golden" / "condensation.npz")
 SENTENCE = "the cat sat on the mat and then ran to the river under the house "
 TEXTS = [SENTENCE[k:] + SENTENCE[::-1][k : k + 7 * k] for k in (0, 3, 5, 9)] + [
@@ -50,14 +52,6 @@ LAYERED = (
     "effective_rank",
     "effective_rank_stderr",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(family: str, *, layers: int = 3, width: int = 16) -> Any:

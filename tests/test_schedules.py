@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from raydisp.studyfile import parse_study
 from raydisp.train import TrainResult, accumulate_gradients, train
 from raydisp.trial_words import describe_dispersion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 SCHEDULES: dict[str, dict[str, Any]] = {
     "linear_warmup": {"dispersion.schedule": "linear_warmup", "dispersion.warmup_frac": 0.5},
     "cosine_decay": {"dispersion.schedule": "cosine_decay"},
@@ -40,20 +43,6 @@ SHARES = {
     "delayed": [0.0] * 4 + [1.0] * 6,
 }
 """Of ten steps."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
 
 
 Run = Callable[..., tuple[TrainResult, Rows, torch.nn.Module]]

@@ -42,11 +42,6 @@ class Rows:
         return [row[name] for row in self.tables["steps"]]
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 Run = Callable[..., tuple[TrainResult, Rows, torch.nn.Module]]
 
 

@@ -24,11 +24,6 @@ from raydisp.pairs import SAME_WITHIN_A_PAIR
 from raydisp.worker import run_attempt, run_trial
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 def assign(tree: dict[str, Any], tmp_path: Path, cache_dir: str, **changes: Any) -> Assignment:
     study = StudyConfig.model_validate(tree)
     values = changes.pop("values", {})
