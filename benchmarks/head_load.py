@@ -31,15 +31,16 @@ from typing import Any
 import psutil
 import ray
 
-from raydisp import results, space
-from raydisp.agenda import Agenda
-from raydisp.assignment import Assignment, blank_row
-from raydisp.cluster import Plan
+from raydisp import results
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
 from raydisp.data import prepare
-from raydisp.dispatch import Launch
-from raydisp.search import run_search
-from raydisp.worker import run_trial
+from raydisp.search import space
+from raydisp.search.agenda import Agenda
+from raydisp.search.dispatch import Launch
+from raydisp.search.on_tune import run_search
+from raydisp.trial.assignment import Assignment, blank_row
+from raydisp.trial.attempts import run_trial
 
 OF_THE_HEAD = {
     "ray::ImplicitFunc": "driver of the trial",

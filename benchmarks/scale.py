@@ -24,13 +24,14 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from raydisp import analysis, results, space
-from raydisp.assignment import blank_row
-from raydisp.cluster import Plan
-from raydisp.compaction import compact
+from raydisp import analysis, results
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.dispatch import Launch
+from raydisp.results.compaction import compact
+from raydisp.search import space
+from raydisp.search.dispatch import Launch
 from raydisp.simulate import load_recorded, simulate
+from raydisp.trial.assignment import blank_row
 
 RECORD = Path(__file__).parent / "recorded_curves"
 ASHA = {"asha": {"grace_tokens": 8192, "reduction_factor": 3}}

@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 
 from raydisp.config import StudyConfig
+from raydisp.search.stopping import full_tokens
 from raydisp.simulate import Recorded, load_recorded, simulate
-from raydisp.stopping import full_tokens
 
 HERE = Path(__file__).parent
 RECORD = HERE / "recorded_curves"

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from raydisp.config import StudyConfig, replace_fields
-from raydisp.confirm_config import BASELINE
-from raydisp.search_config import Choices, Range, condition, label
+from raydisp.config.confirm import BASELINE
+from raydisp.config.search import Choices, Range, condition, label
 
 SEARCH = "search"
 """The arm of the trials of a study that names no arms."""

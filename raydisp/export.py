@@ -17,12 +17,13 @@ from typing import Any
 
 import yaml
 
-from raydisp import kept_models, paired, results, storage, verdict
+from raydisp import paired, results, storage, verdict
 from raydisp.boundary import run_command
-from raydisp.confirm_config import BEST
+from raydisp.config.confirm import BEST
+from raydisp.confirm.frozen_plan import confirm_rows, read_plan
 from raydisp.errors import OutputError, suggest
-from raydisp.frozen_plan import confirm_rows, read_plan
-from raydisp.results_command import check_folder
+from raydisp.results.command import check_folder
+from raydisp.trial import kept_models
 
 Row = dict[str, Any]
 

@@ -12,16 +12,17 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
-from raydisp import shared_blocks
-from raydisp.agenda import Agenda
 from raydisp.arms import dimensions
-from raydisp.capacity import Offer
-from raydisp.cluster import describe_place, plan_resources, read_offer
+from raydisp.cluster.capacity import Offer
+from raydisp.cluster.node_checks import code_sha256
+from raydisp.cluster.packing import plan_resources
+from raydisp.cluster.placement import describe_offer, not_placed
+from raydisp.cluster.session import describe_place, read_offer
 from raydisp.config import StudyConfig, TrialConfig
-from raydisp.dispatch import Launch
+from raydisp.data import shared_blocks
 from raydisp.errors import OutputError, RaydispError, ResourceError
-from raydisp.node_checks import code_sha256
-from raydisp.placement import describe_offer, not_placed
+from raydisp.search.agenda import Agenda
+from raydisp.search.dispatch import Launch
 from raydisp.versions import code_version, package_versions
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raydisp import hub
+from raydisp.config.model import GgufModel, HubModel, ModelConfig, PathModel, ScratchModel
 from raydisp.errors import ModelError
-from raydisp.models_config import GgufModel, HubModel, ModelConfig, PathModel, ScratchModel
 
 if TYPE_CHECKING:
     import torch

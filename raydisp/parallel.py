@@ -16,11 +16,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from raydisp.config.train import TrainConfig
 from raydisp.errors import ConfigError
 from raydisp.layers import find_blocks, unwrap
 from raydisp.precision import AUTOCAST_DTYPES
 from raydisp.seeds import derive_seed
-from raydisp.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from raydisp import space
 from raydisp.arms import Arms, dimensions, is_dimension
-from raydisp.capacity import Offer
-from raydisp.cluster import Plan, joins_cluster, memory_here, plan_resources, this_machine
+from raydisp.cluster.capacity import Offer
+from raydisp.cluster.node_checks import Needs
+from raydisp.cluster.packing import Plan, plan_resources
+from raydisp.cluster.session import joins_cluster, memory_here, this_machine
 from raydisp.config import StudyConfig
-from raydisp.confirm import describe as describe_confirm
-from raydisp.confirm import known_spread, num_arms, num_seeds
-from raydisp.confirm import warnings as confirm_warnings
-from raydisp.confirm_runs import Work, read_work
-from raydisp.corpus import CorpusSummary
+from raydisp.config.model import PathModel, ScratchModel
+from raydisp.config.search import Median, choices_of
+from raydisp.confirm.planning import describe as describe_confirm
+from raydisp.confirm.planning import known_spread, num_arms, num_seeds
+from raydisp.confirm.planning import warnings as confirm_warnings
+from raydisp.confirm.runs import Work, read_work
 from raydisp.data import cache_folder, check_data
+from raydisp.data.corpus import CorpusSummary
 from raydisp.errors import ConfigError, RaydispError
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary, load_tokenizer, model_summary, ties_embeddings
-from raydisp.models_config import PathModel, ScratchModel
-from raydisp.node_checks import Needs
-from raydisp.search_config import Median, choices_of
-from raydisp.stopping import brackets, expected_frac, full_tokens
-from raydisp.tasks import Checked, check, evaluated_steps
+from raydisp.search import space
+from raydisp.search.stopping import brackets, expected_frac, full_tokens
+from raydisp.search.warm_start import WarmStart, read_warm_starts
+from raydisp.tasks.loading import Checked, check, evaluated_steps
 from raydisp.trial_words import (
     count,
     describe_dispersion,
@@ -37,7 +39,6 @@ from raydisp.trial_words import (
     rounded,
 )
 from raydisp.vocabulary import check_shared_vocabulary
-from raydisp.warm_start import WarmStart, read_warm_starts
 
 _T = TypeVar("_T")
 

@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from raydisp import results
-from raydisp.agenda import Agenda
 from raydisp.config import StudyConfig
+from raydisp.search.agenda import Agenda
 from raydisp.tally import Tally, told_value
 
 REDRAW_S = 1.0

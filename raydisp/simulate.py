@@ -20,21 +20,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raydisp import results, space, storage
-from raydisp.agenda import Agenda
+from raydisp import results, storage
 from raydisp.arms import Arms
-from raydisp.assignment import Assignment, blank_row
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig, field_of, read_config_json, replace_fields
-from raydisp.confirm_config import BASELINE
-from raydisp.curves import EVALUATED, Point, read_curves
-from raydisp.dispatch import Dispatcher, Launch
+from raydisp.config.confirm import BASELINE
+from raydisp.config.search import Range, label
 from raydisp.errors import OutputError
-from raydisp.optuna_study import OptunaStudy
-from raydisp.search_config import Range, label
-from raydisp.stopping import StopRule, full_tokens
+from raydisp.search import space
+from raydisp.search.agenda import Agenda
+from raydisp.search.curves import EVALUATED, Point, read_curves
+from raydisp.search.dispatch import Dispatcher, Launch
+from raydisp.search.optuna_study import OptunaStudy
+from raydisp.search.stopping import StopRule, full_tokens
+from raydisp.search.warm_start import comparable_fields
 from raydisp.studyfile import dump_study
-from raydisp.warm_start import comparable_fields
+from raydisp.trial.assignment import Assignment, blank_row
 
 MIN_CONFIGURATIONS = 60
 """Fewer recorded points leave too much between them to be guessed."""

@@ -13,11 +13,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from raydisp import lease, results, storage
-from raydisp.agenda import Agenda
+from raydisp import results, storage
 from raydisp.config import StudyConfig
-from raydisp.confirm import NothingToConfirmError, freeze
-from raydisp.confirm_runs import Work, read_work, settle
+from raydisp.config.trackers import check_trackers
+from raydisp.confirm.planning import NothingToConfirmError, freeze
+from raydisp.confirm.runs import Work, read_work, settle
 from raydisp.errors import (
     EXIT_DONE,
     EXIT_FAILED_TRIALS,
@@ -29,9 +29,11 @@ from raydisp.errors import (
 )
 from raydisp.interrupts import terminate_as_interrupt
 from raydisp.plan import StudyPlan, make_plan
+from raydisp.results import compaction
+from raydisp.search.agenda import Agenda
+from raydisp.search.warm_start import read_warm_starts
+from raydisp.storage import lease
 from raydisp.studyfile import differences, dump_study, load_study, parse_study
-from raydisp.trackers_config import check_trackers
-from raydisp.warm_start import read_warm_starts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(_on_its_cluster(plan, arguments).describe())
         return EXIT_DONE
     with lease.hold(study_dir) as held:
-        results.finish_compaction(study_dir)
+        compaction.finish(study_dir)
         # Once more: only now is the folder ours, and another command may have filled it since.
         _refuse_other_study(study, study_dir)
         work = read_work(study, study_dir, retry_failed=arguments.retry_failed)
@@ -131,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 plan = dataclasses.replace(plan, work=work)
                 _run_trials(study, study_dir, plan, held, arguments, notes)
             else:
-                from raydisp.dispatch import refresh_optuna_copy
+                from raydisp.search.dispatch import refresh_optuna_copy
 
                 _say(arguments, _told_done(work))
                 refresh_optuna_copy(study, study_dir, work.search)
@@ -154,16 +156,18 @@ def _plan(study: StudyConfig, study_dir: str, arguments: argparse.Namespace) -> 
 
 def _on_its_cluster(plan: StudyPlan, arguments: argparse.Namespace) -> StudyPlan:
     """The plan with what a cluster offers for it, where one would be joined: its nodes are asked, too."""
-    from raydisp import cluster, node_checks
+    from raydisp.cluster import node_checks
+    from raydisp.cluster.packing import plan_resources
+    from raydisp.cluster.session import describe_place, running_ray
 
     if plan.resources is not None:
         return plan
     with (
-        cluster.running_ray(arguments.address, through_ray_train=True, verbose=arguments.verbose) as offer,
+        running_ray(arguments.address, through_ray_train=True, verbose=arguments.verbose) as offer,
         terminate_as_interrupt(),
     ):
-        where = cluster.describe_place(offer, arguments.address)
-        resources = cluster.plan_resources(plan.study, offer, where=where)
+        where = describe_place(offer, arguments.address)
+        resources = plan_resources(plan.study, offer, where=where)
         node_checks.refuse_unfit_nodes(plan.needs(None))
         return dataclasses.replace(plan, resources=resources, cluster=offer)
 
@@ -240,14 +244,15 @@ def _run_trials(
     Raises:
         NothingToConfirmError: the search has found nothing that could be confirmed.
     """
-    from raydisp import cluster, node_checks
+    from raydisp.cluster import node_checks
+    from raydisp.cluster.session import running_ray
     from raydisp.launch import prepare_launch, refuse_other_content
     from raydisp.progress import Progress, tokens_reached
 
     _say(arguments, plan.headline())
     with contextlib.ExitStack() as stack:
         offer = stack.enter_context(
-            cluster.running_ray(
+            running_ray(
                 arguments.address,
                 through_ray_train=study.resources.goes_through_ray_train,
                 verbose=arguments.verbose,
@@ -255,7 +260,7 @@ def _run_trials(
         )
         stack.enter_context(terminate_as_interrupt())  # again: Ray has set a handler of its own
         from raydisp import trackers
-        from raydisp.search import run_confirm, run_search
+        from raydisp.search.on_tune import run_confirm, run_search
 
         node_checks.refuse_unfit_nodes(plan.needs(held.id))
         launch = prepare_launch(study, study_dir, offer, arguments.address, quiet=arguments.quiet)
@@ -321,8 +326,9 @@ def _conclude(study: StudyConfig, study_dir: str, notes: Sequence[str], *, faile
         notes: what is said first.
         failed: whether the study did not come to its end.
     """
-    from raydisp import analysis, task_effects, verdict
+    from raydisp import analysis, verdict
     from raydisp.report import build_report
+    from raydisp.tasks import effects as task_effects
 
     tables = results.read_tables(study_dir)
     objectives = study.search.objectives

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from raydisp import space
 from raydisp.config import StudyConfig
+from raydisp.config.train import EFFORT_FIELDS
 from raydisp.errors import ConfigError, suggest
-from raydisp.space_rules import find_problem
-from raydisp.train_config import EFFORT_FIELDS
+from raydisp.search import space
+from raydisp.search.space_rules import find_problem
 
 KeyPath = tuple[str | int, ...]
 

@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from raydisp.confirm_config import BASELINE
+from raydisp.config.confirm import BASELINE
 
 Row = Mapping[str, Any]
 

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydisp import results, storage
 from raydisp.config import StudyConfig
-from raydisp.trackers_config import Mlflow, Settings, Tensorboard, Wandb, name_of, settings_of
+from raydisp.config.trackers import Mlflow, Settings, Tensorboard, Wandb, name_of, settings_of
 
 logger = logging.getLogger(__name__)
 

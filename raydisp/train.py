@@ -61,7 +61,7 @@ class Rows(Protocol):
 
 
 class Benchmarks(Protocol):
-    """What a model is evaluated on besides held-out text; `raydisp.task_runs.TaskRuns` is one."""
+    """What a model is evaluated on besides held-out text; `raydisp.tasks.runs.TaskRuns` is one."""
 
     def rows(
         self, model: nn.Module, step: int, *, layout: Layout, precision: str, batch_tokens: int

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from raydisp.config import StudyConfig
+from raydisp.config.model import HubModel, ModelConfig, ScratchModel
 from raydisp.layers import resolve_layers
 from raydisp.models import ModelSummary
-from raydisp.models_config import HubModel, ModelConfig, ScratchModel
 from raydisp.schedules import WeightSchedule
-from raydisp.stopping import evaluation_tokens, full_tokens
+from raydisp.search.stopping import evaluation_tokens, full_tokens
 
 
 def describe_model(model: ModelConfig, sizes: ModelSummary | None) -> str:

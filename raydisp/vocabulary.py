@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from raydisp import models
 from raydisp.config import TrialConfig
+from raydisp.config.model import ScratchModel
 from raydisp.errors import ConfigError
-from raydisp.models_config import ScratchModel
 
 
 def teachers_vocab_size(trial: TrialConfig, revision: str | None = None) -> int | None:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from raydisp import analysis
+from raydisp.config.search import Objective
 from raydisp.results import LAYER_SCHEMA, NUM_HISTOGRAM_BINS, Tables, trial_schema
-from raydisp.search_config import Objective
 
 SEARCHED = {
     "dispersion.weight": pa.float64(),

@@ -13,14 +13,15 @@ import yaml
 from optuna.trial import TrialState
 from test_search import Driver
 
-from raydisp import analysis, results, space
-from raydisp.agenda import read_agenda
+from raydisp import analysis, results
 from raydisp.arms import Arms, dimensions
 from raydisp.config import StudyConfig
 from raydisp.errors import ConfigError
-from raydisp.stopping import StopRules
+from raydisp.search import space
+from raydisp.search.agenda import read_agenda
+from raydisp.search.stopping import StopRules
+from raydisp.search.warm_start import read_warm_starts
 from raydisp.studyfile import differences, parse_study
-from raydisp.warm_start import read_warm_starts
 
 RATES = {"low": 1e-3, "high": 1e-1, "log": True}
 WEIGHTS = {"low": 0.01, "high": 2.0, "log": True}

@@ -31,15 +31,17 @@ from task_files import (
 )
 from test_worker import assign
 
-from raydisp import data, models, results, task_scores, tasks
-from raydisp.compaction import compact
+from raydisp import data, models, results
 from raydisp.config import EvaluateConfig, StudyConfig, TrialConfig, replace_fields
 from raydisp.errors import ConfigError
 from raydisp.parallel import Layout, parallelise
+from raydisp.results.compaction import compact
 from raydisp.studyfile import parse_study
-from raydisp.task_runs import TaskRuns
+from raydisp.tasks import loading as tasks
+from raydisp.tasks import scores as task_scores
+from raydisp.tasks.runs import TaskRuns
 from raydisp.train import train
-from raydisp.worker import run_attempt
+from raydisp.trial.attempts import run_attempt
 
 TOLERANCE = 1e-5
 """Of log-likelihoods in float32 whose batches are padded differently."""

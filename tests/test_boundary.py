@@ -54,7 +54,8 @@ def test_a_bug_is_not_hidden() -> None:
 
 SLOW = """
 import sys, time
-from raydisp import boundary, {module} as module
+import importlib
+module = importlib.import_module("raydisp.{module}")
 
 def slow(*_, **__):
     print("it runs", flush=True)
@@ -68,9 +69,9 @@ sys.exit(module.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "inner", "arguments"),
     [
-        ("report", "make_report", ["DIR"]),
-        ("verdict_command", "_judge", ["DIR"]),
-        ("results_command", "_show", ["show", "DIR"]),
+        ("report.command", "build_report", ["DIR"]),
+        ("verdict.command", "_judge", ["DIR"]),
+        ("results.command", "_show", ["show", "DIR"]),
         ("export", "export", ["DIR", "--to", "model"]),
     ],
 )

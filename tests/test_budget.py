@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from raydisp.agenda import Agenda
-from raydisp.assignment import Assignment, blank_row
-from raydisp.budget import Budget
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.dispatch import Dispatcher, Launch
-from raydisp.optuna_study import OptunaStudy
+from raydisp.search.agenda import Agenda
+from raydisp.search.budget import Budget
+from raydisp.search.dispatch import Dispatcher, Launch
+from raydisp.search.optuna_study import OptunaStudy
+from raydisp.trial.assignment import Assignment, blank_row
 
 NOON = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
 FULL = 1280

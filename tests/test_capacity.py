@@ -12,14 +12,14 @@ import pytest
 import yaml
 from ray.core.generated import autoscaler_pb2
 
-from raydisp import autoscaler
-from raydisp.capacity import Growth, Node, NodeGroup, Offer
-from raydisp.cluster import plan_resources
+from raydisp.cluster import autoscaler
+from raydisp.cluster.capacity import Growth, Node, NodeGroup, Offer
+from raydisp.cluster.packing import plan_resources
+from raydisp.cluster.placement import PlacementWatch, describe_offer
 from raydisp.config import StudyConfig
 from raydisp.errors import ResourceError
-from raydisp.placement import PlacementWatch, describe_offer
-from raydisp.search import _trial_resources
-from raydisp.share import limit_memory
+from raydisp.search.on_tune import _trial_resources
+from raydisp.trial.share import limit_memory
 
 HEAD = Node(2, 0, is_head=True)
 BIG, SMALL = Node(8, 1), Node(4, 4)
@@ -309,7 +309,7 @@ def test_the_watch_counts_only_while_nothing_runs() -> None:
 def test_ray_tells_which_node_is_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from raydisp import cluster
+    from raydisp.cluster import session
 
     nodes = [
         {"Alive": True, "Resources": {"CPU": 2.0, "node:__internal_head__": 1.0, "memory": 3e9}},
@@ -319,4 +319,4 @@ def test_ray_tells_which_node_is_the_head(monkeypatch: pytest.MonkeyPatch) -> No
     fake = SimpleNamespace(nodes=lambda: nodes, available_resources=lambda: {"CPU": 7.0})
     monkeypatch.setattr(ray, "nodes", fake.nodes)
     monkeypatch.setattr(ray, "available_resources", fake.available_resources)
-    assert cluster.read_offer(can_grow=False) == Offer((HEAD, BIG), None, Node(7, 0), head_memory_bytes=3e9)
+    assert session.read_offer(can_grow=False) == Offer((HEAD, BIG), None, Node(7, 0), head_memory_bytes=3e9)

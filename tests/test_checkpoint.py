@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from raydisp import distcp, fingerprint
-from raydisp.checkpoint import CheckpointFolder
+from raydisp.checkpoint import CheckpointFolder, distcp
 from raydisp.errors import CheckpointError, OutputError
 from raydisp.parallel import Layout
+from raydisp.storage import fingerprint
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from ray.autoscaler._private.kuberay import autoscaling_config
 from ray.autoscaler._private.providers import _get_node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from raydisp import autoscaler
-from raydisp.capacity import Growth, Node, NodeGroup
+from raydisp.cluster import autoscaler
+from raydisp.cluster.capacity import Growth, Node, NodeGroup
 
 ROOT = Path(__file__).parent.parent
 Config = dict[str, Any]

@@ -15,15 +15,16 @@ import yaml
 from conftest import WriteStudy, run_command
 from tiny_models import write_gguf
 
-from raydisp import data, results, space, storage
+from raydisp import data, results, storage
 from raydisp.__main__ import main as raydisp_main
-from raydisp.agenda import read_agenda
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
+from raydisp.config.model import GgufModel
 from raydisp.errors import OutputError
 from raydisp.launch import refuse_other_content
-from raydisp.models_config import GgufModel
-from raydisp.search import Launch
+from raydisp.search import space
+from raydisp.search.agenda import read_agenda
+from raydisp.search.on_tune import Launch
 from raydisp.study import main
 from raydisp.studyfile import dump_study, load_study
 

@@ -15,8 +15,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from raydisp import compaction, lease, parts, results, storage
+from raydisp import results, storage
 from raydisp.errors import OutputError
+from raydisp.results import compaction, parts
+from raydisp.storage import lease
 
 SEARCHED = {"dispersion.weight": pa.float64()}
 NUM_STEPS = 6
@@ -186,7 +188,7 @@ def test_a_crash_anywhere_loses_and_doubles_nothing(study_dir: str, monkeypatch:
             assert set(by_duckdb) <= set(rows)
         assert [row["attempt"] for row in results.read_attempts(folder, 1)] == [1, 2]
         with lease.hold(folder):
-            results.finish_compaction(folder)
+            compaction.finish(folder)
         assert our_rows(folder) == expected
         assert {name: glob_rows(folder, name)[0] for name in compaction.TABLES} == plain
         assert not list(Path(folder).rglob("*.tmp"))
@@ -303,7 +305,7 @@ def test_a_journal_without_its_file_is_an_error_and_deletes_nothing(study_dir: s
     )
     (folder / parts.JOURNAL_NAME).write_bytes(journal.to_bytes())
     with pytest.raises(OutputError, match=r"names _compact-1.tmp, which is not there whole"):
-        results.finish_compaction(study_dir)
+        compaction.finish(study_dir)
     assert len(list(folder.glob("*.parquet"))) == 7
 
 

@@ -10,16 +10,20 @@ import pytest
 import yaml
 from test_arms import RATES, WEIGHTS, make, mistake
 
-from raydisp import confirm, confirm_runs, paired, results, space, verdict_words
+from raydisp import paired, results
 from raydisp.arms import Arms
-from raydisp.assignment import Assignment, blank_row
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.confirm import NothingToConfirmError
-from raydisp.confirm_runs import ConfirmDispatcher
-from raydisp.dispatch import Launch
+from raydisp.confirm import planning as confirm
+from raydisp.confirm import runs as confirm_runs
+from raydisp.confirm.frozen_plan import Frozen, read_frozen
+from raydisp.confirm.planning import NothingToConfirmError
+from raydisp.confirm.runs import ConfirmDispatcher
 from raydisp.errors import OutputError
-from raydisp.frozen_plan import Frozen, read_frozen
+from raydisp.search import space
+from raydisp.search.dispatch import Launch
+from raydisp.trial.assignment import Assignment, blank_row
+from raydisp.verdict import words as verdict_words
 
 FULL = 1280
 

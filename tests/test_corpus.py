@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydisp import corpus, python_docs
-from raydisp.data_config import Files, HubData, PythonDocs
+from raydisp.config.data import Files, HubData, PythonDocs
+from raydisp.data import corpus, python_docs
 from raydisp.errors import DataError
 
 

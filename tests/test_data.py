@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from raydisp import corpus, data
+from raydisp import data
 from raydisp.config import TrialConfig
+from raydisp.data import corpus
 from raydisp.errors import DataError
 
 CONTEXT = 16

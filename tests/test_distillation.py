@@ -20,27 +20,27 @@ from test_train import Rows
 from test_worker import assign
 
 from raydisp import data, distillation, models, results
-from raydisp.agenda import Agenda
 from raydisp.arms import Arms
 from raydisp.checkpoint import CheckpointFolder
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig, TrialConfig, read_config_json, replace_fields
+from raydisp.config.model import ScratchModel
 from raydisp.data import BatchLoader, TokenBlocks
-from raydisp.dispatch import Launch
 from raydisp.distillation import Teacher, distillation_losses
 from raydisp.errors import ConfigError, ModelError, OutputError
 from raydisp.launch import refuse_other_content
 from raydisp.memory import micro_batch_sequences
-from raydisp.models_config import ScratchModel
 from raydisp.optimizer import learning_rate_factor, make_optimizer
 from raydisp.parallel import Layout
 from raydisp.plan import make_plan
 from raydisp.precision import make_autocast
+from raydisp.search.agenda import Agenda
+from raydisp.search.dispatch import Launch
 from raydisp.study import main
 from raydisp.studyfile import parse_study
 from raydisp.train import TrainResult, train
+from raydisp.trial.attempts import run_attempt
 from raydisp.vocabulary import check_shared_vocabulary, teachers_vocab_size
-from raydisp.worker import run_attempt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,8 +25,10 @@ import torch
 import yaml
 from test_report_browser import Browser
 
-from raydisp import gradients, losses, parts, study
+from raydisp import losses, study
 from raydisp.config import StudyConfig
+from raydisp.losses import gradients
+from raydisp.results import parts
 from raydisp.studyfile import parse_study
 
 ROOT = Path(__file__).parent.parent
@@ -207,7 +209,8 @@ def commands(page: str) -> list[list[str]]:
 @functools.cache
 def options_of(module: str) -> str:
     """What a command's `--help` tells, and that of its own commands."""
-    run = importlib.import_module(module).main
+    is_package = hasattr(importlib.import_module(module), "__path__")
+    run = importlib.import_module(f"{module}.__main__" if is_package else module).main
     told = io.StringIO()
     for arguments in (
         ["--help"],

@@ -14,12 +14,12 @@ from test_failures import check_rows, long_study, replay_is_certain, undisturbed
 from test_on_ray import wait_for
 
 from raydisp import results
-from raydisp.capacity import Node, Offer
-from raydisp.cluster import plan_resources
+from raydisp.cluster.capacity import Node, Offer
+from raydisp.cluster.elastic import PATIENCE_S, choose_num_workers
+from raydisp.cluster.packing import plan_resources
 from raydisp.config import StudyConfig
-from raydisp.elastic import PATIENCE_S, choose_num_workers
+from raydisp.config.resources import ResourcesConfig
 from raydisp.errors import ResourceError
-from raydisp.resources_config import ResourcesConfig
 
 
 @pytest.mark.parametrize(

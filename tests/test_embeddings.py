@@ -27,8 +27,8 @@ from raydisp.methods import make_term
 from raydisp.optimizer import learning_rate_factor, make_optimizer, training_tensors
 from raydisp.parallel import Layout, clip_gradients, seed_step
 from raydisp.precision import make_autocast
+from raydisp.search.space import column_types, searchable_fields
 from raydisp.seeds import derive_seed
-from raydisp.space import column_types, searchable_fields
 from raydisp.train import TrainResult, accumulate_gradients, train
 
 CPU = torch.device("cpu")

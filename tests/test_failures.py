@@ -25,7 +25,7 @@ from test_worker import assign
 
 from raydisp import results
 from raydisp.config import StudyConfig, replace_fields
-from raydisp.worker import run_attempt
+from raydisp.trial.attempts import run_attempt
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -21,9 +21,10 @@ from sample_studies import STUDY
 from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_row, trial_table
 from test_report import EVIL, read_page, traces
 
-from raydisp import analysis, comparison, report, verdict
+from raydisp import analysis, report, verdict
 from raydisp.analysis.importance import has_fanova
 from raydisp.analysis.training import MAX_CURVE_POINTS, MAX_CURVES, thin
+from raydisp.config.search import Objective
 from raydisp.figures import build_panels
 from raydisp.figures.chart import Axis, Chart, Panel, Texts, log_ticks
 from raydisp.figures.condensation import against_panel, heat_map_panel, trend_panel
@@ -36,7 +37,7 @@ from raydisp.figures.paper import write_figures
 from raydisp.figures.style import DARK_COLOURS
 from raydisp.figures.training import curves_panel, time_line_panel
 from raydisp.figures.verdict import cost_panel
-from raydisp.search_config import Objective
+from raydisp.report import command, comparison
 
 COSINE = Objective(metric="layer_cosine_mean", mode="min")
 OBJECTIVES = [VAL_LOSS, COSINE]
@@ -521,7 +522,7 @@ def test_studies_are_compared_with_their_own_baselines(
         sample_studies.write(tmp_path / "empty", sample_tables([failed_row(1)])),
     ]
     out = tmp_path / "page.html"
-    assert report.main([*places, "--out", str(out)]) == 0
+    assert command.main([*places, "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     made = read_page(str(out))
     assert {*made.figures} == {"verdicts-0", "gain-0", "profiles"}
@@ -538,9 +539,9 @@ def test_a_comparison_goes_where_the_command_was_run(tmp_path: Path, monkeypatch
     place = sample_studies.write(tmp_path / "one", sample_tables([trial_row(0), trial_row(1)]))
     other = sample_studies.write(tmp_path / "two", sample_tables([trial_row(0), trial_row(2)]))
     monkeypatch.chdir(tmp_path)
-    assert report.main([place, other]) == 0
+    assert command.main([place, other]) == 0
     assert (tmp_path / "comparison.html").exists()
-    assert report.main([place, "--out", str(tmp_path / "elsewhere.html")]) == 0
+    assert command.main([place, "--out", str(tmp_path / "elsewhere.html")]) == 0
     assert (tmp_path / "elsewhere.html").exists()
     assert not (tmp_path / "one" / "report.html").exists()
 
@@ -548,7 +549,7 @@ def test_a_comparison_goes_where_the_command_was_run(tmp_path: Path, monkeypatch
 def test_a_study_that_is_named_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = sample_studies.write(tmp_path / "one", sample_tables([trial_row(0), trial_row(1)]))
     monkeypatch.chdir(tmp_path)
-    assert report.main([place, f"{place}/", "one"]) == 0
+    assert command.main([place, f"{place}/", "one"]) == 0
     assert not (tmp_path / "comparison.html").exists()
     assert (tmp_path / "one" / "report.html").exists()
 
@@ -579,7 +580,7 @@ def test_figures_for_papers(tmp_path: Path, armed: Any, capsys: pytest.CaptureFi
     study = STUDY | {"search": {"objective": [{"metric": "val_loss"}, {"metric": "layer_cosine_mean"}]}}
     place = sample_studies.write(tmp_path / "study", armed, study)
     folder = tmp_path / "figures"
-    assert report.main([place, "--figures", str(folder)]) == 0
+    assert command.main([place, "--figures", str(folder)]) == 0
     names = {panel_plot.name for panel in build_panels(armed, OBJECTIVES) for panel_plot in panel.plots}
     files = {file.name for file in folder.iterdir()}
     assert files == {f"{name}.{ending}" for name in {*names, "verdict"} for ending in ("png", "svg")}
@@ -615,7 +616,7 @@ def test_figures_without_matplotlib_are_one_sentence(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
     )
-    assert report.main([place, "--figures", str(tmp_path / "figures")]) == 2
+    assert command.main([place, "--figures", str(tmp_path / "figures")]) == 2
     error = capsys.readouterr().err
     assert "matplotlib, which is not installed" in error
     assert error.count("\n") == 1
@@ -625,10 +626,10 @@ def test_figures_are_of_one_study_that_has_some(tmp_path: Path, capsys: pytest.C
     pytest.importorskip("matplotlib")
     bare = failed_row(1) | {"started_at": None, "ended_at": None}
     place = sample_studies.write(tmp_path, sample_tables([bare]))
-    assert report.main([place, "--figures", str(tmp_path / "f")]) == 2
+    assert command.main([place, "--figures", str(tmp_path / "f")]) == 2
     assert "has no figure that could be drawn" in capsys.readouterr().err
     other = sample_studies.write(tmp_path / "other", sample_tables([bare]))
-    assert report.main([place, other, "--figures", str(tmp_path / "f")]) == 2
+    assert command.main([place, other, "--figures", str(tmp_path / "f")]) == 2
     assert "one results folder" in capsys.readouterr().err
 
 

@@ -19,10 +19,10 @@ import torch.multiprocessing as mp
 from raydisp import data, models
 from raydisp.checkpoint import CheckpointFolder
 from raydisp.config import StudyConfig, TrialConfig
-from raydisp.endings import describe_failure
 from raydisp.parallel import Layout
-from raydisp.retries import goes_on
 from raydisp.train import train
+from raydisp.trial.endings import describe_failure
+from raydisp.trial.retries import goes_on
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 

@@ -94,9 +94,10 @@ def main(root: Path) -> dict[str, Any]:
         "HF_HOME": str(root / "home"),
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     }
-    from raydisp import corpus, models
-    from raydisp.data_config import HubData
-    from raydisp.models_config import HubModel
+    from raydisp import models
+    from raydisp.config.data import HubData
+    from raydisp.config.model import HubModel
+    from raydisp.data import corpus
 
     def model(id: str, **fields: Any) -> HubModel:
         return HubModel.model_validate({"source": "hub", "id": id, **fields})

@@ -13,12 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from raydisp import kept_models
 from raydisp.config import StudyConfig
+from raydisp.config.train import TrainConfig
 from raydisp.errors import OutputError
 from raydisp.models import build_model, weights_sha256
 from raydisp.parallel import Layout, parallelise
-from raydisp.train_config import TrainConfig
+from raydisp.trial import kept_models
 
 SETTINGS = {"budget_tokens": 1280, "global_batch_tokens": 128, "learning_rate": 0.01}
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from raydisp import lease, storage
+from raydisp import storage
 from raydisp.errors import OutputError
+from raydisp.storage import lease
 
 
 def holder(folder: Path, **changed: object) -> str:
@@ -35,7 +36,7 @@ def elsewhere(folder: Path, age_s: float) -> None:
 
 HOLD = """
 import sys, time
-from raydisp import lease
+from raydisp.storage import lease
 with lease.hold(sys.argv[1]) as held:
     print(held.id, flush=True)
     time.sleep(60)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from raydisp import gradients, losses, pairwise
-from raydisp.losses import VARIANTS, dispersion_loss
+from raydisp import losses
+from raydisp.losses import VARIANTS, dispersion_loss, gradients, pairwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

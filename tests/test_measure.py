@@ -25,11 +25,14 @@ from scipy import stats
 from test_models import tokenizer as byte_tokenizer
 from test_report import EVIL, Page
 
-from raydisp import condensation, measure, measure_command, measure_page, measure_tables
+from raydisp import condensation, measure
 from raydisp.__main__ import main as raydisp_main
 from raydisp.figures.interactive import draw
 from raydisp.measure import Measured, measure_condensation
-from raydisp.measure_command import main
+from raydisp.measure import command as measure_command
+from raydisp.measure import page as measure_page
+from raydisp.measure import tables as measure_tables
+from raydisp.measure.command import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -597,7 +600,7 @@ def test_it_is_a_command_of_raydisp(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_neither_ray_nor_torch_is_loaded_without_need() -> None:
     code = (
-        "import sys, raydisp.measure_command\n"
+        "import sys, raydisp.measure\n"
         "print(sorted({'ray', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

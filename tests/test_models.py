@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 from tiny_models import tokenizer, write_gguf
 
 from raydisp import hub, models
+from raydisp.config.model import GgufModel, HubModel, ModelConfig, PathModel, ScratchModel
 from raydisp.errors import ModelError
-from raydisp.models_config import GgufModel, HubModel, ModelConfig, PathModel, ScratchModel
 
 CONTEXT = 32
 VOCABULARY = 300

@@ -14,10 +14,11 @@ import yaml
 from ray.cluster_utils import Cluster
 
 import raydisp
-from raydisp import lease, node_checks
-from raydisp.capacity import Growth, Node, NodeGroup, Offer
+from raydisp.cluster import node_checks
+from raydisp.cluster.capacity import Growth, Node, NodeGroup, Offer
+from raydisp.cluster.node_checks import Needs
 from raydisp.errors import NodeError
-from raydisp.node_checks import Needs
+from raydisp.storage import lease
 
 NEEDS = Needs("s3://bucket/results/x", "an id", "/cache", data_bytes=3 << 30)
 HEALTHY: dict[str, Any] = {

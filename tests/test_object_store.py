@@ -24,10 +24,12 @@ from aws_server import KEY_ID, SECRET, in_environment, make_bucket, running_aws
 from conftest import run_command, start_command
 from test_on_ray import descendants, wait_for
 
-from raydisp import data, lease, results, shared_blocks, storage
-from raydisp.compaction import compact
+from raydisp import data, results, storage
 from raydisp.config import StudyConfig
+from raydisp.data import shared_blocks
 from raydisp.errors import OutputError
+from raydisp.results.compaction import compact
+from raydisp.storage import lease
 
 Row = dict[str, Any]
 NUM_STEPS, CHECKPOINT_EVERY, EVALUATE_EVERY = 240, 60, 20

@@ -19,9 +19,9 @@ from conftest import run_command, start_command
 from ray.util.state import list_actors, list_placement_groups
 
 from raydisp import data, results
-from raydisp.assignment import Assignment
 from raydisp.config import StudyConfig
-from raydisp.worker import run_attempt
+from raydisp.trial.assignment import Assignment
+from raydisp.trial.attempts import run_attempt
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

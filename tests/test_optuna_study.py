@@ -12,11 +12,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from raydisp.assignment import blank_row
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.dispatch import Launch
-from raydisp.optuna_study import OptunaStudy
+from raydisp.search.dispatch import Launch
+from raydisp.search.optuna_study import OptunaStudy
+from raydisp.trial.assignment import blank_row
 
 CURVE = [(512, {"val_loss": 6.0, "layer_cosine_mean": 0.5}), (1024, {"val_loss": 5.5})]
 ONE = {"metric": "val_loss"}

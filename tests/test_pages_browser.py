@@ -15,8 +15,8 @@ from test_report import EVIL, write_study
 from test_report_browser import Browser
 from test_watch import add_trials
 
-from raydisp import measure_page
-from raydisp.watch import ReportServer, Watched
+from raydisp.measure import page as measure_page
+from raydisp.report.watch import ReportServer, Watched
 
 pytestmark = pytest.mark.browser
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from raydisp import data, models
 from raydisp.config import StudyConfig, replace_fields
+from raydisp.config.train import TrainConfig
 from raydisp.errors import ConfigError
 from raydisp.layers import HiddenStateCapture
 from raydisp.parallel import Layout, clip_gradients, parallelise
 from raydisp.train import train
-from raydisp.train_config import TrainConfig
 
 pytestmark = pytest.mark.processes  # of the compiler, and the minutes that it takes
 

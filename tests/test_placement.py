@@ -22,13 +22,13 @@ from test_on_ray import attempts_of, left_on_cluster, write
 from test_worker import assign
 
 from raydisp import results
-from raydisp.agenda import Agenda
-from raydisp.assignment import Assignment, Report
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.search import Launch, _trainable, run_search
+from raydisp.search.agenda import Agenda
+from raydisp.search.on_tune import Launch, _trainable, run_search
 from raydisp.tally import Watcher
-from raydisp.worker import run_attempt, run_trial
+from raydisp.trial.assignment import Assignment, Report
+from raydisp.trial.attempts import run_attempt, run_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from raydisp import cluster
-from raydisp.capacity import Growth, Node, NodeGroup, Offer
-from raydisp.cluster import DRIVER_RESOURCES, HEADLESS_DRIVER_RESOURCES, plan_resources
+from raydisp.cluster import session
+from raydisp.cluster.capacity import Growth, Node, NodeGroup, Offer
+from raydisp.cluster.packing import DRIVER_RESOURCES, HEADLESS_DRIVER_RESOURCES, Plan, plan_resources
 from raydisp.config import StudyConfig
+from raydisp.config.model import PathModel
 from raydisp.errors import ConfigError, ResourceError
-from raydisp.models_config import PathModel
 from raydisp.plan import concurrency_warning, make_plan
 from raydisp.trial_words import describe_evaluations, num_evaluations
 
@@ -127,11 +127,11 @@ def test_an_address_of_another_kind_is_told_at_once(address: str, monkeypatch: p
     """Of Ray Client, whose driver is on no node, and of the dashboard, which `ray job submit` means."""
     with (
         pytest.raises(ResourceError, match=f"--address {address} .*ray attach.*ray job submit"),
-        cluster.running_ray(address),
+        session.running_ray(address),
     ):
         pass
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(ResourceError, match=f"RAY_ADDRESS {address} "), cluster.running_ray(None):
+    with pytest.raises(ResourceError, match=f"RAY_ADDRESS {address} "), session.running_ray(None):
         pass
 
 
@@ -176,7 +176,7 @@ def test_drivers_are_placed_where_they_take_no_cpu(tree: dict[str, Any]) -> None
 def test_the_drivers_of_all_trials_fit_into_the_heads_memory(tree: dict[str, Any]) -> None:
     """`auto` is bounded by it where trials have drivers there, a number of the user's is not."""
 
-    def planned(gigabytes: float | None, **resources: Any) -> cluster.Plan:
+    def planned(gigabytes: float | None, **resources: Any) -> Plan:
         memory = None if gigabytes is None else gigabytes * 2**30
         offer = Offer((HEAD,), GPU_NODES_200, head_memory_bytes=memory)
         return plan_resources(with_resources(tree, **resources), offer, where="here")
@@ -206,10 +206,10 @@ def test_more_trials_at_a_time_than_random_ones_are_told(study: StudyConfig) -> 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert not cluster.joins_cluster("local")
-    assert cluster.joins_cluster("10.0.0.1:6379")
+    assert not session.joins_cluster("local")
+    assert session.joins_cluster("10.0.0.1:6379")
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert cluster.joins_cluster(None)
+    assert session.joins_cluster(None)
 
 
 def test_the_plan_says_what_will_happen(study: StudyConfig, tmp_path: Any) -> None:

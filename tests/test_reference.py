@@ -9,11 +9,15 @@ import jsonschema
 import pyarrow as pa
 import pytest
 
-from raydisp import columns, measure_tables, reference, results, task_effects, verdict
+from raydisp import results, verdict
 from raydisp.config import StudyConfig, TrialConfig
-from raydisp.field_reference import allowed, groups
-from raydisp.space import searchable_fields
+from raydisp.measure import tables as measure_tables
+from raydisp.reference import pages as reference
+from raydisp.reference.fields import allowed, groups
+from raydisp.results import columns
+from raydisp.search.space import searchable_fields
 from raydisp.studyfile import parse_study
+from raydisp.tasks import effects as task_effects
 
 DOCS = Path(__file__).parent.parent / "docs"
 ENTRIES = [entry for group in groups() for entry in group.entries]

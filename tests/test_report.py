@@ -18,7 +18,8 @@ import pytest
 import yaml
 from test_analysis import SEARCHED, VAL_LOSS, failed_row, sample_tables, trial_row
 
-from raydisp import page, report, results, storage
+from raydisp import report, results, storage
+from raydisp.config.search import Objective
 from raydisp.errors import OutputError
 from raydisp.figures import Panel
 from raydisp.figures.chart import log_ticks
@@ -26,7 +27,7 @@ from raydisp.figures.condensation import heat_map_panel, profile_panel
 from raydisp.figures.dose import dose_panel
 from raydisp.figures.history import history_panel
 from raydisp.figures.interactive import draw
-from raydisp.search_config import Objective
+from raydisp.report import command, page
 
 EVIL = """<script>alert(1)</script> "quoted" 'single' & <b>bold</b> <img src=x onerror=alert(1)> 漢字"""
 STUDY: dict[str, Any] = {
@@ -385,7 +386,7 @@ def test_numbers_that_are_not_finite_are_missing(tmp_path):
 
 def test_command_writes_the_report(tmp_path, capsys):
     place = write_study(tmp_path, sample_tables([trial_row(0), trial_row(1)]))
-    assert report.main([place]) == 0
+    assert command.main([place]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
 
 
@@ -398,7 +399,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
         (tmp_path / "empty", "holds no results"),
         ("nonsense://x", "cannot be reached"),
     ]:
-        assert report.main([str(argument)]) == 2
+        assert command.main([str(argument)]) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
         assert str(argument) in printed.err
@@ -413,7 +414,7 @@ def test_an_empty_place_is_no_place(arguments, tmp_path, monkeypatch, capsys):
     write_study(tmp_path / "x", sample_tables([trial_row(0), trial_row(1)]))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        report.main(arguments)
+        command.main(arguments)
     assert ended.value.code == 2
     assert "a place is empty" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*.html")) == []

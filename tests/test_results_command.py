@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from raydisp import analysis, lease, results, trial_list
+from raydisp import analysis, results
 from raydisp.__main__ import main as raydisp_main
-from raydisp.results import main
-from raydisp.search_config import Objective
+from raydisp.config.search import Objective
+from raydisp.results import trial_list
+from raydisp.results.command import main
+from raydisp.storage import lease
 from raydisp.studyfile import parse_study
 
 V1 = str(Path(__file__).parent / "results_v1")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raydisp.retries import goes_on, reduced_micro_batch
+from raydisp.trial.retries import goes_on, reduced_micro_batch
 
 
 def attempts(*error_types: str | None, micro_batch_tokens: int | None = 64) -> list[dict[str, Any]]:

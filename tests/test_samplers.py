@@ -10,12 +10,12 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.stats import qmc
 
-from raydisp import samplers, space
-from raydisp.assignment import blank_row
-from raydisp.cluster import Plan
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.dispatch import Launch
-from raydisp.optuna_study import OptunaStudy
+from raydisp.search import samplers, space
+from raydisp.search.dispatch import Launch
+from raydisp.search.optuna_study import OptunaStudy
+from raydisp.trial.assignment import blank_row
 
 WIDE = {
     "dispersion.weight": {"low": 0.01, "high": 2.0, "log": True},

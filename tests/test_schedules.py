@@ -24,7 +24,7 @@ from raydisp.methods import make_term
 from raydisp.parallel import Layout
 from raydisp.precision import make_autocast
 from raydisp.schedules import START_FRAC, WARMUP_FRAC, WeightSchedule
-from raydisp.space import column_types
+from raydisp.search.space import column_types
 from raydisp.studyfile import parse_study
 from raydisp.train import TrainResult, accumulate_gradients, train
 from raydisp.trial_words import describe_dispersion

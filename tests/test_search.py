@@ -13,17 +13,18 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from raydisp import results, space, storage
-from raydisp.agenda import Agenda, read_agenda
-from raydisp.assignment import Assignment, blank_row
-from raydisp.cluster import Plan
+from raydisp import results, storage
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.curves import read_curves
-from raydisp.dispatch import Dispatcher, Launch, refresh_optuna_copy
 from raydisp.errors import OutputError
-from raydisp.optuna_study import OptunaStudy, copied_statuses
-from raydisp.search import Searcher, StudySearcher
-from raydisp.stopping import full_tokens
+from raydisp.search import space
+from raydisp.search.agenda import Agenda, read_agenda
+from raydisp.search.curves import read_curves
+from raydisp.search.dispatch import Dispatcher, Launch, refresh_optuna_copy
+from raydisp.search.on_tune import Searcher, StudySearcher
+from raydisp.search.optuna_study import OptunaStudy, copied_statuses
+from raydisp.search.stopping import full_tokens
+from raydisp.trial.assignment import Assignment, blank_row
 
 
 def loss_of(values: dict[str, Any]) -> float:

@@ -18,7 +18,7 @@ from test_on_ray import attempts_of, descendants, left_on_cluster, wait_for, wri
 
 from raydisp import data, results
 from raydisp.config import StudyConfig
-from raydisp.curves import of_metric, read_curves
+from raydisp.search.curves import of_metric, read_curves
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -14,13 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from raydisp import results, space, storage
-from raydisp.assignment import blank_row
-from raydisp.cluster import Plan
+from raydisp import results, storage
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig, replace_fields
-from raydisp.dispatch import Launch
 from raydisp.errors import OutputError
+from raydisp.search import space
+from raydisp.search.dispatch import Launch
 from raydisp.simulate import Recorded, Simulation, load_recorded, simulate, simulate_study
+from raydisp.trial.assignment import blank_row
 
 FULL = 1280
 RUNGS = (256, 512, 768, 1024)

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from raydisp import space
 from raydisp.config import StudyConfig
+from raydisp.search import space
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import ray
 from test_on_ray import wait_for
 
-from raydisp import preemption, spot_notice
+from raydisp.cluster import preemption, spot_notice
 
 DEADLINE = datetime.datetime(2031, 5, 6, 7, 8, 9, tzinfo=datetime.UTC)
 ACTION = "/latest/meta-data/spot/instance-action"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raydisp.config import StudyConfig
-from raydisp.stopping import StopRule, brackets, expected_frac, full_tokens
+from raydisp.search.stopping import StopRule, brackets, expected_frac, full_tokens
 
 FULL = 8192
 

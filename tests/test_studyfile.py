@@ -259,7 +259,7 @@ def test_weights_below_0_need_a_word(tree: dict[str, Any]) -> None:
 def test_variant_names_are_those_of_the_losses() -> None:
     from typing import get_args
 
+    from raydisp.config.train import Variant
     from raydisp.losses import VARIANTS
-    from raydisp.train_config import Variant
 
     assert set(get_args(Variant)) == set(VARIANTS)

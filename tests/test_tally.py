@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from raydisp import progress
-from raydisp.agenda import Agenda
 from raydisp.config import StudyConfig
 from raydisp.progress import Progress
+from raydisp.search.agenda import Agenda
 from raydisp.tally import Tally, duration
 
 FULL, EVERY = 10_000, 1000

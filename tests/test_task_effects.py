@@ -18,12 +18,13 @@ from scipy import stats
 from test_analysis import trial_table
 from test_verdict import SEEDS, change, keep, plan, rows_of, shifted
 
-from raydisp import results, storage, task_effects, verdict
+from raydisp import results, storage, verdict
 from raydisp.errors import VerdictError
 from raydisp.figures import benchmark_panel
 from raydisp.figures.paper import write_figures
 from raydisp.report import build_report
-from raydisp.verdict import main
+from raydisp.tasks import effects as task_effects
+from raydisp.verdict.command import main
 
 QUIZ, PROSE = "quiz", "prose"
 NUM_ITEMS = 40

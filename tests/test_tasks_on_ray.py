@@ -13,7 +13,8 @@ from test_benchmark_tasks import TOLERANCE, harness_alone
 from test_confirm_on_ray import command
 from test_on_ray import attempts_of, write
 
-from raydisp import results, task_effects
+from raydisp import results
+from raydisp.tasks import effects as task_effects
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 from test_worker import assign
 
-from raydisp import results, tidy
-from raydisp.assignment import Assignment
-from raydisp.worker import run_attempt
+from raydisp import results
+from raydisp.trial import tidy
+from raydisp.trial.assignment import Assignment
+from raydisp.trial.attempts import run_attempt
 
 OTHERS: dict[str, Callable[[], Any]] = {
     "dtype": lambda: torch.set_default_dtype(torch.float64),
@@ -113,8 +114,8 @@ def losses_of(study_dir: str, trial: int) -> list[float]:
 
 IN_A_FRESH_PROCESS = """
 import json, sys
-from raydisp.assignment import Assignment
-from raydisp.worker import run_attempt
+from raydisp.trial.assignment import Assignment
+from raydisp.trial.attempts import run_attempt
 row = run_attempt(Assignment(**json.load(sys.stdin)), lambda report: None)
 sys.exit(row["status"] != "completed")
 """

@@ -16,12 +16,13 @@ import yaml
 from conftest import WriteStudy
 
 from raydisp import study as command
-from raydisp import trackers, trackers_config
+from raydisp import trackers
 from raydisp.config import StudyConfig
+from raydisp.config import trackers as trackers_config
+from raydisp.config.trackers import check_trackers, name_of, settings_of
 from raydisp.errors import ConfigError
 from raydisp.studyfile import differences, dump_study, load_study, parse_study
 from raydisp.trackers import Tracker, metrics_of, redact
-from raydisp.trackers_config import check_trackers, name_of, settings_of
 
 Tree = dict[str, Any]
 

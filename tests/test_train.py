@@ -14,6 +14,7 @@ from raydisp import data, models
 from raydisp import train as train_module
 from raydisp.checkpoint import CheckpointFolder
 from raydisp.config import StudyConfig, TrialConfig, replace_fields
+from raydisp.config.train import TrainConfig
 from raydisp.errors import CheckpointError, DivergedError, OutOfMemoryError, PreemptedError
 from raydisp.memory import is_out_of_memory, micro_batch_sequences
 from raydisp.methods import make_term
@@ -22,7 +23,6 @@ from raydisp.parallel import Layout
 from raydisp.precision import LossScale, make_autocast, use_tf32
 from raydisp.seeds import derive_seed
 from raydisp.train import TrainResult, accumulate_gradients, train
-from raydisp.train_config import TrainConfig
 
 
 class Rows:

@@ -18,10 +18,13 @@ from scipy import stats
 from test_analysis import trial_row, trial_table
 from test_report import traces
 
-from raydisp import figures, frozen_plan, pairs, parts, results, storage, verdict
+from raydisp import figures, results, storage, verdict
+from raydisp.confirm import frozen_plan
 from raydisp.errors import VerdictError
 from raydisp.figures.interactive import draw
-from raydisp.verdict import main
+from raydisp.results import parts
+from raydisp.verdict import pairs
+from raydisp.verdict.command import main
 
 SEEDS = (101, 102, 103, 104, 105, 106)
 NOISE = (0.01, -0.01, 0.02, -0.02, 0.005, -0.005)
@@ -691,7 +694,7 @@ def test_results_of_version_1_have_no_confirm_phase(capsys: pytest.CaptureFixtur
 def test_the_command_as_a_module_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     place = write(tmp_path, rows_of({"best": NOISE}))
     code = (
-        "import sys; from raydisp.verdict import main; status = main(sys.argv[1:]); "
+        "import sys; from raydisp.verdict.command import main; status = main(sys.argv[1:]); "
         "sys.exit(status or bool({'torch', 'ray'} & {*sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=False)

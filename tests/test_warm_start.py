@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from raydisp import results, space
-from raydisp.assignment import blank_row
-from raydisp.cluster import Plan
+from raydisp import results
+from raydisp.cluster.packing import Plan
 from raydisp.config import StudyConfig
-from raydisp.dispatch import Launch
 from raydisp.errors import OutputError
-from raydisp.optuna_study import OptunaStudy
-from raydisp.warm_start import read_warm_starts
+from raydisp.search import space
+from raydisp.search.dispatch import Launch
+from raydisp.search.optuna_study import OptunaStudy
+from raydisp.search.warm_start import read_warm_starts
+from raydisp.trial.assignment import blank_row
 
 VALUES = {"dispersion.weight": 0.5, "dispersion.layers": [1]}
 

@@ -21,9 +21,10 @@ import pytest
 from test_analysis import sample_tables, trial_row
 from test_report import Page, write_study
 
-from raydisp import report, results, storage, watch
+from raydisp import report, results, storage
 from raydisp.errors import OutputError
-from raydisp.watch import ReportServer, Watched
+from raydisp.report import command, watch
+from raydisp.report.watch import ReportServer, Watched
 
 Answer = tuple[int, dict[str, str], str]
 
@@ -298,13 +299,13 @@ def test_mistakes_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([str(tmp_path), "--watch", "--port", "70000"], "--port 70000 is not between 0 and 65535"),
         ([str(tmp_path), "--watch", "--host", "no.such.host.invalid"], "cannot be listened on: "),
     ):
-        assert report.main(arguments) == 2
+        assert command.main(arguments) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert told in err
         assert err.count("\n") == 1
     with pytest.raises(SystemExit) as stopped:
-        report.main([str(tmp_path), "--port", "1"])
+        command.main([str(tmp_path), "--port", "1"])
     assert stopped.value.code == 2
 
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from raydisp import data, results, train
-from raydisp.assignment import Assignment, in_the_words_of
 from raydisp.config import StudyConfig, replace_fields
-from raydisp.endings import describe_failure
 from raydisp.errors import DivergedError, OutOfMemoryError, PreemptedError
-from raydisp.pairs import SAME_WITHIN_A_PAIR
-from raydisp.worker import run_attempt, run_trial
+from raydisp.trial.assignment import Assignment, in_the_words_of
+from raydisp.trial.attempts import run_attempt, run_trial
+from raydisp.trial.endings import describe_failure
+from raydisp.verdict.pairs import SAME_WITHIN_A_PAIR
 
 
 def assign(tree: dict[str, Any], tmp_path: Path, cache_dir: str, **changes: Any) -> Assignment:
@@ -305,7 +305,7 @@ def test_out_of_memory_twice_fails(
 def test_notice_ends_the_attempt_and_keeps_its_checkpoint(
     tree: dict[str, Any], tmp_path: Path, cache_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raydisp.preemption.notice_to_this_node", lambda: "its node is taken away")
+    monkeypatch.setattr("raydisp.cluster.preemption.notice_to_this_node", lambda: "its node is taken away")
     assignment = assign(tree, tmp_path, cache_dir)
     row = run_trial(assignment, lambda report: None)
     assert (row["status"], row["error_type"]) == ("interrupted", "PreemptedError")
@@ -396,7 +396,7 @@ def test_a_trial_that_is_stopped_is_pruned(
     every_tokens: int | None,
 ) -> None:
     monkeypatch.setattr(
-        "raydisp.share._must_stop", lambda assignment: lambda metrics: metrics["num_tokens"] >= 512
+        "raydisp.trial.share._must_stop", lambda assignment: lambda metrics: metrics["num_tokens"] >= 512
     )
     tree["checkpoint"] = {"every_tokens": every_tokens}
     reports: list[dict[str, Any]] = []

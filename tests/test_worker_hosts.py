@@ -14,11 +14,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_worker import assign
 
-from raydisp import results, space, worker
-from raydisp.assignment import Assignment, blank_row
+from raydisp import results
 from raydisp.config import StudyConfig
 from raydisp.parallel import Layout
-from raydisp.worker import run_attempt, tell_hosts
+from raydisp.search import space
+from raydisp.trial import attempts as worker
+from raydisp.trial.assignment import Assignment, blank_row
+from raydisp.trial.attempts import run_attempt, tell_hosts
 
 
 def begin(tree: dict[str, Any], tmp_path: Path) -> tuple[Assignment, StudyConfig]:

@@ -25,7 +25,7 @@ from raydisp.figures import paper
 from raydisp.figures.chart import Axis, Chart, Line, Panel, Plot, linear_axis, log_ticks
 from raydisp.figures.condensation import short_tokens
 from raydisp.figures.style import DEPTH_COLOURS, blend
-from raydisp.measure_tables import read_models
+from raydisp.measure.tables import read_models
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydisp.analysis.rows import compared_tokens, value_of
+from raydisp.config.search import Objective
 from raydisp.results import LAYER_SCHEMA, NUM_HISTOGRAM_BINS
-from raydisp.search_config import Objective
 
 MAX_PROFILES = 6
 """Evaluations of a trial that its heat maps show."""

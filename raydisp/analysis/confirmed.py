@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from raydisp import paired
 from raydisp.analysis.rows import Row, compared_tokens, value_of
 from raydisp.analysis.search import dose_of
-from raydisp.search_config import Objective
+from raydisp.config.search import Objective
 
 CONFIRMED_SCHEMA = pa.schema(
     [

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from raydisp.analysis.measures import format_value
 from raydisp.analysis.rows import Row, number, scored, searched_fields
-from raydisp.search_config import Objective
+from raydisp.config.search import Objective
 
 PARALLEL_SCHEMA = pa.schema(
     [

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydisp.analysis.rows import Row, number, scored, searched_fields
-from raydisp.search_config import Objective
+from raydisp.config.search import Objective
 
 MIN_TRIALS = 10
 """Trials below which an importance would be noise."""

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydisp.config.search import Objective
 from raydisp.results import STATUSES, TRIAL_COLUMNS
-from raydisp.search_config import Objective
 
 Row = dict[str, Any]
 """One row of `trials`: column name -> Python value, None where it is null."""

@@ -16,8 +16,8 @@ from raydisp.analysis.rows import (
     trial_field,
     value_of,
 )
+from raydisp.config.search import Objective
 from raydisp.results import TRIAL_COLUMNS
-from raydisp.search_config import Objective
 
 DOSE_SCHEMA = pa.schema(
     [

@@ -23,7 +23,7 @@ from raydisp.analysis.rows import (
     value_of,
 )
 from raydisp.analysis.search import pareto_front
-from raydisp.search_config import Objective
+from raydisp.config.search import Objective
 
 MAX_FRONT_SHOWN = 8
 """Trials of a Pareto front that a sentence names."""

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydisp.analysis.rows import Row, baseline_row, best_trial, of_arm, search_arms
+from raydisp.config.search import Objective
 from raydisp.results import Tables
-from raydisp.search_config import Objective
 
 CURVE_MEASURES = ("lm_loss", "dispersion_loss", "distillation_loss", "grad_norm", "val_loss")
 """Of `steps`, and the validation loss of `evals`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from raydisp.config.search import Objective
 from raydisp.figures.benchmarks import benchmark_panel
 from raydisp.figures.chart import Chart, Panel, Plot
 from raydisp.figures.condensation import against_panel, heat_map_panel, profile_panel, trend_panel
@@ -18,7 +19,6 @@ from raydisp.figures.history import history_panel
 from raydisp.figures.training import curves_panel, time_line_panel
 from raydisp.figures.verdict import cost_panel, verdict_panel
 from raydisp.results import Tables
-from raydisp.search_config import Objective
 
 __all__ = ["Chart", "Panel", "Plot", "benchmark_panel", "build_panels", "verdict_panel"]
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES, LayerProfile
+from raydisp.config.search import Objective
 from raydisp.figures import words
 from raydisp.figures.chart import (
     Axis,
@@ -30,7 +31,6 @@ from raydisp.figures.chart import (
 )
 from raydisp.figures.style import ACCENT, DEPTH_COLOURS, INK, MUTED, blend, styles_of
 from raydisp.results import NUM_HISTOGRAM_BINS, Tables
-from raydisp.search_config import Objective
 
 
 def profile_panel(tables: Tables, objective: Objective) -> Panel:

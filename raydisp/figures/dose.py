@@ -7,6 +7,7 @@ import pyarrow as pa
 from raydisp import analysis
 from raydisp.analysis import MEASURES, Row
 from raydisp.analysis.search import MIN_SURFACE_POINTS, SURFACE_STEPS
+from raydisp.config.search import Objective
 from raydisp.figures import words
 from raydisp.figures.chart import (
     Axis,
@@ -26,7 +27,6 @@ from raydisp.figures.chart import (
 from raydisp.figures.history import baseline_line
 from raydisp.figures.style import INK, OTHER_STYLE, STYLES
 from raydisp.layers import LAYER_CHOICES
-from raydisp.search_config import Objective
 
 
 def dose_panel(trials: pa.Table, objective: Objective, *, first: bool = True) -> Panel:

@@ -14,6 +14,7 @@ from raydisp.analysis.importance import (
     TARGET_QUANTILE,
     has_fanova,
 )
+from raydisp.config.search import Objective
 from raydisp.figures import words
 from raydisp.figures.chart import (
     Axis,
@@ -28,7 +29,6 @@ from raydisp.figures.chart import (
     shortened,
 )
 from raydisp.figures.style import ACCENT, MUTED, WARN
-from raydisp.search_config import Objective
 
 
 def parallel_panel(trials: pa.Table, objective: Objective) -> Panel:

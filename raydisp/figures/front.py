@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES
+from raydisp.config.search import Objective
 from raydisp.figures import words
 from raydisp.figures.chart import (
     Axis,
@@ -17,7 +18,6 @@ from raydisp.figures.chart import (
     point_size,
 )
 from raydisp.figures.style import ACCENT, INK, MUTED
-from raydisp.search_config import Objective
 
 
 def front_panel(trials: pa.Table, objectives: tuple[Objective, ...]) -> Panel:

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES
+from raydisp.config.search import Objective
 from raydisp.figures import words
 from raydisp.figures.chart import (
     Axis,
@@ -20,7 +21,6 @@ from raydisp.figures.chart import (
     shortened,
 )
 from raydisp.figures.style import ACCENT, MUTED, styles_of
-from raydisp.search_config import Objective
 
 
 def history_panel(trials: pa.Table, objective: Objective) -> Panel:

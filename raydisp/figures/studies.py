@@ -8,10 +8,10 @@ import pyarrow as pa
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES, Row
+from raydisp.config.search import Objective
 from raydisp.figures.chart import Axis, Band, Chart, Line, Panel, Plot, Points, Rule, shortened
 from raydisp.figures.style import ACCENT, styles_of
 from raydisp.results import Tables
-from raydisp.search_config import Objective
 
 
 def verdicts_panel(judged: Mapping[str, Sequence[Row]]) -> Panel:

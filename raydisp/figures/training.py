@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from raydisp import analysis
 from raydisp.analysis import Row
 from raydisp.analysis.training import CURVE_MEASURES, MAX_CURVE_POINTS, MAX_CURVES
+from raydisp.config.search import Objective
 from raydisp.figures.chart import Axis, Chart, Line, Mark, Number, Panel, Plot, Points, log_axis, shortened
 from raydisp.figures.style import ACCENT, INK, MUTED, WARN, styles_of
 from raydisp.results import STATUSES, Tables
-from raydisp.search_config import Objective
 
 _LABELS = {
     "lm_loss": "training loss (nats per token)",

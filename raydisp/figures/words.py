@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from raydisp import analysis
 from raydisp.analysis import MEASURES
-from raydisp.search_config import Objective
+from raydisp.config.search import Objective
 
 
 def capitalised(text: str) -> str:

@@ -1,0 +1,1 @@
+"""The confirm phase: a plan frozen before its runs, and the runs."""

@@ -1,0 +1,1 @@
+"""The generated parts of the documentation: fields of the study file, columns of the tables."""
