@@ -1,6 +1,6 @@
 """Reading a study file: YAML, overrides from the command line, and a sentence for every mistake.
 
-What the file may say is in `config`, `search_config` and `space_rules`; this module turns text into a
+What the file may say is in `config` and `search.space_rules`; this module turns text into a
 `StudyConfig` and pydantic's findings into sentences that name the file, the line, what was found and what is
 allowed.
 """

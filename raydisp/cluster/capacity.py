@@ -1,6 +1,6 @@
 """What machines offer, now and after an autoscaler has done all it may, and how many workers fit.
 
-Plain values and counting; `autoscaler` and `cluster` read them from Ray.
+Plain values and counting; `autoscaler` and `session` read them from Ray.
 """
 
 from __future__ import annotations

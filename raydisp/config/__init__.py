@@ -2,7 +2,7 @@
 
 Defaults live here and in the modules named `..._config`, and nowhere else. Reading a
 file (YAML, overrides, sentences for mistakes) is in `studyfile`; rules over several fields are in
-`space_rules`. The classes are strict and frozen, and forbid keys that they do not know.
+`search.space_rules`. The classes are strict and frozen, and forbid keys that they do not know.
 """
 
 from __future__ import annotations

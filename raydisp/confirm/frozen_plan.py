@@ -1,6 +1,6 @@
 """The plan of a confirm phase: in `confirm.yaml`, and the same on each of its rows.
 
-It is frozen before the first run; `confirm` makes it, and a verdict needs nothing else but the rows.
+It is frozen before the first run; `planning` makes it, and a verdict needs nothing else but the rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a confirm phase is going to test, settled when the search is over and before any of its runs.
 
 A search keeps the luckiest of many trials on one seed, so its scores say nothing about an effect. The best
-configurations and every other arm run again (`confirm_runs`) by a plan that has been written down: arms,
-seeds, outcome, test and the smallest effect that matters. From then on neither search nor plan changes.
+configurations and every other arm run again (`raydisp.confirm.runs`) by a plan that has been written down:
+arms, seeds, outcome, test and the smallest effect that matters. From then on neither search nor plan changes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def benchmark_panel(rows: Sequence[Row]) -> Panel | None:
     """Differences of accuracies; None where there is none. Perplexities have scales of their own: a table's.
 
     Args:
-        rows: of `task_effects.benchmarks`.
+        rows: of `raydisp.tasks.effects.benchmarks`.
     """
     drawn = [row for row in rows if _is_share(row)]
     if not drawn:

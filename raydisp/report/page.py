@@ -326,7 +326,7 @@ def _verdict(trials: pa.Table) -> _Verdict:
 
 
 def _benchmarks(tables: Tables) -> list[Row]:
-    """Rows of `task_effects.benchmarks`; none where the confirm phase has none, or cannot be judged."""
+    """Rows of `tasks.effects.benchmarks`; none where the confirm phase has none, or cannot be judged."""
     if tables.items.num_rows == 0:
         return []
     try:

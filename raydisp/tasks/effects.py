@@ -3,7 +3,7 @@
 Everything here describes and nothing is tested: one outcome was chosen beforehand to decide. Two errors are
 told apart. Over seeds: how the difference varies from training to training, on these items (paired t
 interval). Over items: how it would vary with other items of the same kind, for these trainings; paired item
-by item, since what is hard for both models says nothing of their difference (`task_scores`).
+by item, since what is hard for both models says nothing of their difference (`scores`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model's values on the study's tasks, as rows of `evals` and `items`.
 
 lm-evaluation-harness makes the prompts, asks the model and averages; the same numbers as its own command
-gives on the saved model. Standard errors are ours where it would draw samples for them (`task_scores`).
+gives on the saved model. Standard errors are ours where it would draw samples for them (`scores`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ seed (`frozen_plan`), judged by `paired.judge`, and written as two tables beside
     verdicts/verdicts.parquet   one row per arm: the verdict on the primary outcome and what it rests on
     effects/effects.parquet     one row per arm and metric: descriptive, without p-values
 
-What arms do to benchmarks is in `task_effects`.
+What arms do to benchmarks is in `raydisp.tasks.effects`.
 
 python -m raydisp.verdict DIR
 """
