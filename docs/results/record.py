@@ -141,6 +141,35 @@ def judged(name: str) -> str:
     return "\n\n".join([about([name]), table(heads, rows), sentences])
 
 
+def course(name: str) -> str:
+    """Confirm runs by arm, before the first step and after the last, on validation text."""
+    tables = results.read_tables(str(HERE / name))
+    runs = tables.trials.to_pylist()
+    runs = [row for row in runs if row["phase"] == "confirm" and row["status"] == "completed"]
+    evals = tables.evals.to_pylist()
+    measured = {(e["trial"], e["step"], e["name"]): e["value"] for e in evals if e["split"] == "validation"}
+    rows = []
+    for arm in sorted({row["arm"] for row in runs}):
+        group = [row for row in runs if row["arm"] == arm]
+        cells = [
+            mean_and_spread([measured[row["trial"], row["num_steps"] * after, what] for row in group], form)
+            for what, form in (("loss", ".4f"), ("layer_cosine_mean", "+.4f"), ("spearman", "+.3f"))
+            for after in (False, True)
+        ]
+        rows.append([arm, len(group), *cells])
+    heads = [
+        "arm",
+        "runs",
+        "validation loss before",
+        "after",
+        "mean cosine before",
+        "after",
+        "Spearman before",
+        "after",
+    ]
+    return table(heads, rows)
+
+
 def searched(name: str) -> str:
     """All trials of a search, best first."""
     trials = results.read_tables(str(HERE / name)).trials.to_pylist()
@@ -268,6 +297,7 @@ def _number(value: float | None, form: str) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "smollm2_condensation": lambda: condensation("smollm2_condensation"),
     "smollm2_midtrain": lambda: judged("smollm2_midtrain"),
+    "smollm2_midtrain_before_and_after": lambda: course("smollm2_midtrain"),
     "weight_search": lambda: searched("weight_search"),
     "verdict": lambda: judged("verdict"),
     "gpt2_ffn_width_small": lambda: widths("gpt2_ffn_width_small"),
