@@ -103,13 +103,18 @@ def condensation(folder: str) -> str:
         f"{model['num_tokens']:,} tokens. "
         f"Spearman {model['spearman']:+.3f}, Kendall {model['kendall']:+.3f}, "
         f"mean of the last half {model['last_half_mean']:.3f} ± {model['last_half_stderr']:.3f} (standard "
-        "error over texts)."
+        "error over texts). "
+        f"{model['measure_s']:.0f} s; {model['started_at'].date().isoformat()}; code {model['code_version']}."
     )
     return told + "\n\n" + table(["hidden state", "mean cosine", "centred", "effective rank"], rows)
 
 
-def judged(name: str) -> str:
-    """The verdict of a confirm phase: its sentences and a table of the arms."""
+def judged(name: str, *, alone: bool) -> str:
+    """The verdict of a confirm phase: its sentences and a table of the arms.
+
+    Args:
+        alone: whether it had the machine for itself; else its times mean nothing and are left out.
+    """
     trials = results.read_tables(str(HERE / name)).trials
     effects = [row for row in verdict.effects(trials).to_pylist() if row["metric"] == "test_loss"]
     means = {row["arm"]: (row["arm_mean"], row["baseline_mean"]) for row in effects}
@@ -137,12 +142,17 @@ def judged(name: str) -> str:
         "pairs",
         "verdict",
     ]
-    sentences = "\n".join(f"- {sentence}" for sentence in verdict.sentences(trials))
+    told = [line for line in verdict.sentences(trials) if alone or "training time" not in line]
+    sentences = "\n".join(f"- {sentence}" for sentence in told)
     return "\n\n".join([about([name]), table(heads, rows), sentences])
 
 
 def course(name: str) -> str:
-    """Confirm runs by arm, before the first step and after the last, on validation text."""
+    """Confirm runs by arm: condensation before the first step and after the last, and the loss after it.
+
+    Condensation is of the same validation text both times. The loss is not: the last evaluation is of the
+    whole split, those before it are of `evaluate.max_tokens`.
+    """
     tables = results.read_tables(str(HERE / name))
     runs = tables.trials.to_pylist()
     runs = [row for row in runs if row["phase"] == "confirm" and row["status"] == "completed"]
@@ -153,19 +163,19 @@ def course(name: str) -> str:
         group = [row for row in runs if row["arm"] == arm]
         cells = [
             mean_and_spread([measured[row["trial"], row["num_steps"] * after, what] for row in group], form)
-            for what, form in (("loss", ".4f"), ("layer_cosine_mean", "+.4f"), ("spearman", "+.3f"))
+            for what, form in (("layer_cosine_mean", "+.4f"), ("spearman", "+.3f"))
             for after in (False, True)
         ]
-        rows.append([arm, len(group), *cells])
+        loss = mean_and_spread([row["val_loss"] for row in group], ".4f")
+        rows.append([arm, len(group), *cells, loss])
     heads = [
         "arm",
         "runs",
-        "validation loss before",
-        "after",
         "mean cosine before",
         "after",
         "Spearman before",
         "after",
+        "validation loss after",
     ]
     return table(heads, rows)
 
@@ -296,10 +306,10 @@ def _number(value: float | None, form: str) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "smollm2_condensation": lambda: condensation("smollm2_condensation"),
-    "smollm2_midtrain": lambda: judged("smollm2_midtrain"),
+    "smollm2_midtrain": lambda: judged("smollm2_midtrain", alone=False),
     "smollm2_midtrain_before_and_after": lambda: course("smollm2_midtrain"),
     "weight_search": lambda: searched("weight_search"),
-    "verdict": lambda: judged("verdict"),
+    "verdict": lambda: judged("verdict", alone=True),
     "gpt2_ffn_width_small": lambda: widths("gpt2_ffn_width_small"),
 }
 
