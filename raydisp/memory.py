@@ -47,8 +47,8 @@ def keep_freed_memory() -> None:
 
     By default glibc gives large blocks back to the system at once, and every step of a training on a CPU gets
     the same pages anew, page fault by page fault: a sixth of the time of the default study's steps. The peak
-    is the same; between trials `tidy.release_memory` gives back what is kept. Other C libraries are left as
-    they are.
+    is the same; between trials `tidy.release_memory` gives back what is kept. Other C libraries are left
+    as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

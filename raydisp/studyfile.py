@@ -87,7 +87,7 @@ def differences(earlier: StudyConfig, later: StudyConfig) -> list[str]:
     """The fields that change results and differ, each as `train.learning_rate (0.002 -> 0.003)`.
 
     A study may go on for longer, so `search.num_trials` and what else ends it may differ; parts in EFFORT may
-    too, and `confirm` may until it is frozen (`confirm`).
+    too, and `confirm` may until it is frozen (`confirm.frozen_plan`).
     """
     trees = [study.model_dump(mode="json", exclude={*EFFORT, "confirm"}) for study in (earlier, later)]
     for tree in trees:

@@ -740,6 +740,6 @@ def test_the_study_of_the_paper(tmp_path: Path, no_network: None) -> None:
     plan = make_plan(study, str(tmp_path), "local", dry_run=True)
     assert plan.unchecked
     text = plan.describe()
-    assert "teacher    gpt2-large from the hub, its size not known yet" in text
+    assert "teacher    openai-community/gpt2-large from the hub, its size not known yet" in text
     assert "gpt2 from scratch, its size not known yet" in text
     assert "24 search trials, 28 confirm runs in all" in text

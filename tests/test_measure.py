@@ -761,3 +761,21 @@ def test_pictures_without_matplotlib(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = (folders["gpt2"], "--texts", text_file, "--out", tmp_path / "out", "--figures")
     assert "--figures needs the package matplotlib" in run(capsys, *arguments, status=2)[1]
+
+
+def test_the_script_of_the_families_gives_the_command_what_it_knows(tmp_path: Path) -> None:
+    """`studies/condensation_families.sh`, with a `python` that writes down what it is asked."""
+    asked = tmp_path / "asked"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\" >> '{asked}'\n")
+    python.chmod(0o755)
+    script = Path(__file__).resolve().parent.parent / "studies" / "condensation_families.sh"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TEXTS": "a.txt b.txt"}
+    subprocess.run(["sh", str(script), str(tmp_path / "out")], env=environment, check=True)
+    calls = [line.split() for line in asked.read_text().splitlines()]
+    assert [call[:2] for call in calls] == [["-m", "raydisp.measure"]] * 4
+    arguments = [measure_command._parser().parse_args(call[2:]) for call in calls]
+    assert [Path(one.out).name for one in arguments] == ["gpt2", "qwen2.5", "qwen3", "bloom"]
+    for one in arguments:
+        assert one.texts == ["a.txt", "b.txt"]
+        assert {measure_command.parse_model(name).spec.source for name in one.models} == {"hub"}

@@ -156,3 +156,10 @@ def test_a_trial_on_the_node_is_told() -> None:
     finally:
         ray.shutdown()
     assert told == "its node is taken away at 2031-05-06 07:08:09 UTC"
+
+
+def test_an_argument_is_refused_before_anything_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        spot_notice.main(["--no-such"])
+    assert ended.value.code == 2
+    assert "--no-such" in capsys.readouterr().err

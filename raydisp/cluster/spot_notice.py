@@ -8,6 +8,7 @@ checkpoint at once and go on elsewhere. On a node that is not a spot node there 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import fcntl
 import glob
@@ -19,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,12 @@ RETRY_S = 1.0
 """Until Ray is told once more, where it does not answer."""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Wait for the notice and pass it on; returns at once where another process of the node does so."""
+    argparse.ArgumentParser(
+        prog="python -m raydisp.cluster.spot_notice",
+        description="Pass on the notice that a cloud gives this node before taking it away; runs until then.",
+    ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     place = os.path.join(tempfile.gettempdir(), "raydisp_spot_notice.lock")
     lock = open(place, "w")  # noqa: SIM115 - held to the end

@@ -1,8 +1,8 @@
 """The typed study file: its fields, their ranges and defaults, and the identity of a trial.
 
-Defaults live here and in the modules named `..._config`, and nowhere else. Reading a
-file (YAML, overrides, sentences for mistakes) is in `studyfile`; rules over several fields are in
-`search.space_rules`. The classes are strict and frozen, and forbid keys that they do not know.
+Defaults live in the modules of this package, and nowhere else. Reading a file (YAML, overrides, sentences for
+mistakes) is in `studyfile`; rules over several fields are in `search.space_rules`. The classes are strict and
+frozen, and forbid keys that they do not know.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def gain_panel(compared: pa.Table) -> Panel:
     """The best of each arm against its own baseline.
 
     Args:
-        compared: what `comparison.compare` made of the studies.
+        compared: what `report.comparison.compare` made of the studies.
     """
     title = "Best of each search"
     rows = [row for row in compared.to_pylist() if row["difference"] is not None]

@@ -1,6 +1,7 @@
 """The page of `raydisp.measure`: the tables of the measured models -> figures and one HTML text.
 
-Style, script and security policy are those of a study's report (`page`). What comes from a row is escaped.
+Style, script and security policy are those of a study's report (`report.page`). What comes from a row is
+escaped.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ LOST = ("ProcessLost", "WorkerLost", "CollectiveTimeout")
 OUT_OF_MEMORY = "OutOfMemoryError"
 PREEMPTED = "PreemptedError"
 NOT_PLACED = "PlacementTimeout"
-"""Goes on as long as other trials of the study run, whose place it may have next (`search`)."""
+"""Goes on as long as other trials of the study run, whose place it may have next (`search.dispatch`)."""
 
 Row = Mapping[str, Any]
 

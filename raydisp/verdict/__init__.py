@@ -1,7 +1,7 @@
 """The verdict of a study's confirm phase, from the `trials` table alone: tables in, tables and sentences out.
 
 Only runs of the confirm phase are looked at: what the search scored is never a result. Runs are paired by
-seed (`frozen_plan`), judged by `paired.judge`, and written as two tables beside the study's own:
+seed (`confirm.frozen_plan`), judged by `paired.judge`, and written as two tables beside the study's own:
 
     verdicts/verdicts.parquet   one row per arm: the verdict on the primary outcome and what it rests on
     effects/effects.parquet     one row per arm and metric: descriptive, without p-values
