@@ -16,7 +16,7 @@ COMMANDS = {
     "export": ("raydisp.export", "write a confirmed model as a Hugging Face folder"),
     "measure": (
         "raydisp.measure.command",
-        "measure how the token vectors of any model condense with depth",
+        "measure how far the token vectors of any model condense with depth",
     ),
     "results": ("raydisp.results.command", "show the trials of a results folder, or merge its small files"),
 }

@@ -600,7 +600,7 @@ def test_it_is_a_command_of_raydisp(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_neither_ray_nor_torch_is_loaded_without_need() -> None:
     code = (
-        "import sys, raydisp.measure\n"
+        "import sys, raydisp.measure.command\n"
         "print(sorted({'ray', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

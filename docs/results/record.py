@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from raydisp import results, verdict
 from raydisp.config import field_of, read_config_json
 from raydisp.figures import paper
@@ -113,9 +115,13 @@ def judged(name: str, *, alone: bool) -> str:
     """The verdict of a confirm phase: its sentences and a table of the arms.
 
     Args:
-        alone: whether it had the machine for itself; else its times mean nothing and are left out.
+        alone: whether it had the machine for itself; else its times mean nothing and count as missing.
     """
     trials = results.read_tables(str(HERE / name)).trials
+    if not alone:
+        column = trials.schema.get_field_index("train_s")
+        missing = pa.nulls(trials.num_rows, trials.schema.field(column).type)
+        trials = trials.set_column(column, trials.schema.field(column), missing)
     effects = [row for row in verdict.effects(trials).to_pylist() if row["metric"] == "test_loss"]
     means = {row["arm"]: (row["arm_mean"], row["baseline_mean"]) for row in effects}
     rows = []
@@ -142,8 +148,7 @@ def judged(name: str, *, alone: bool) -> str:
         "pairs",
         "verdict",
     ]
-    told = [line for line in verdict.sentences(trials) if alone or "training time" not in line]
-    sentences = "\n".join(f"- {sentence}" for sentence in told)
+    sentences = "\n".join(f"- {sentence}" for sentence in verdict.sentences(trials))
     return "\n\n".join([about([name]), table(heads, rows), sentences])
 
 

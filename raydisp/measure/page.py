@@ -7,17 +7,13 @@ escaped.
 from __future__ import annotations
 
 import html
-import json
 import string
 from collections.abc import Sequence
 from typing import Any
 
-import plotly.offline
-
 from raydisp.analysis import LayerProfile
 from raydisp.figures.chart import Axis, Chart, Grid, Line, Mark, Panel, Plot, Points, log_ticks
-from raydisp.figures.interactive import draw
-from raydisp.figures.style import DARK_COLOURS, MUTED, STYLES
+from raydisp.figures.style import MUTED, STYLES
 from raydisp.measure.tables import Row
 from raydisp.report import page
 from raydisp.report.page import cell, head
@@ -55,9 +51,9 @@ _CLEAR_TREND = 0.5
 def render_page(models: Sequence[Model]) -> str:
     """The page of all models, smallest first."""
     panels = build_panels(models)
-    drawn = [f'"{plot.name}": {draw(plot.chart).to_json()}' for panel in panels for plot in panel.plots]
     leads = [*sentences(models), *cautions(models)]
     return string.Template(page.read_part("measure.html", "raydisp.measure")).substitute(
+        begin=page.begin("Condensation"),
         leads="".join(f'<p class="lead">{html.escape(text)}</p>' for text in leads),
         facts="".join(
             f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(text)}</dd></div>"
@@ -65,11 +61,7 @@ def render_page(models: Sequence[Model]) -> str:
         ),
         panels="".join(page.panel_html(panel) for panel in panels),
         table=models_table(models),
-        plotly=plotly.offline.get_plotlyjs(),
-        dark=page.script_json(json.dumps(DARK_COLOURS)),
-        figures=page.script_json(f"{{{', '.join(drawn)}}}"),
-        style=page.read_part("page.css"),
-        script=page.read_part("page.js"),
+        end=page.end(panels),
     )
 
 

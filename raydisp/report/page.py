@@ -1,7 +1,7 @@
 """The page of a report: tables and figures -> one HTML text that needs nothing but itself.
 
 Plotly's JavaScript is in it, and its content security policy forbids every request. Its style, script and
-frame are `page.css`, `page.js` and `page.html` beside this file.
+frame are `page.css`, `page.js` and the `.html` files beside this one.
 """
 
 from __future__ import annotations
@@ -266,8 +266,8 @@ def assemble(
         facts, notes, search, tables: HTML; the notes come after the first panel.
     """
     shown = [panel_html(panel) for panel in panels if panel.plots]
-    drawn = [f'"{plot.name}": {draw(plot.chart).to_json()}' for panel in panels for plot in panel.plots]
     return string.Template(read_part("page.html")).substitute(
+        begin=begin(name),
         kicker=html.escape(kicker),
         name=html.escape(name),
         leads="".join(f'<p class="lead">{html.escape(text)}</p>' for text in leads),
@@ -277,11 +277,7 @@ def assemble(
         left_out=_left_out_html([panel for panel in panels if not panel.plots]),
         tables=tables,
         footer=html.escape(footer),
-        plotly=plotly.offline.get_plotlyjs(),
-        dark=script_json(json.dumps(DARK_COLOURS)),
-        figures=script_json(f"{{{', '.join(drawn)}}}"),
-        style=read_part("page.css"),
-        script=read_part("page.js"),
+        end=end(panels),
     )
 
 
@@ -425,6 +421,30 @@ def script_json(text: str) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def begin(title: str) -> str:
+    """The beginning of each of our pages, up to its `main`: security policy, title and style.
+
+    Args:
+        title: plain text.
+    """
+    told = string.Template(read_part("begin.html")).substitute(
+        title=html.escape(title), style=read_part("page.css")
+    )
+    return told.rstrip("\n")
+
+
+def end(panels: Sequence[Panel]) -> str:
+    """The end of a page with figures, from `main` on: the figures, Plotly and the script that draws them."""
+    drawn = [f'"{plot.name}": {draw(plot.chart).to_json()}' for panel in panels for plot in panel.plots]
+    told = string.Template(read_part("end.html")).substitute(
+        figures=script_json(f"{{{', '.join(drawn)}}}"),
+        dark=script_json(json.dumps(DARK_COLOURS)),
+        plotly=plotly.offline.get_plotlyjs(),
+        script=read_part("page.js"),
+    )
+    return told.rstrip("\n")
 
 
 def read_part(name: str, package: str = "raydisp.report") -> str:

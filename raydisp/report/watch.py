@@ -131,7 +131,7 @@ def waiting(study_dir: str) -> str:
     """The page of a study that has no trial yet."""
     reason = f"There is no trial in {study_dir} yet."
     return string.Template(page.read_part("watch.html")).substitute(
-        style=page.read_part("page.css"), reason=html.escape(reason)
+        begin=page.begin("waiting"), reason=html.escape(reason)
     )
 
 
